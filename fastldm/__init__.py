@@ -1,0 +1,50 @@
+"""fastldm: latent diffusion on fused kernels, each checked against a plain PyTorch reference.
+
+Public names load on first use, so `import fastldm` costs little more than `import torch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from fastldm._version import __version__
+
+if TYPE_CHECKING:
+    from fastldm import diffusion, evaluation, models, nn, ops, reference, systems, testing, training
+    from fastldm.dispatch import explain, record, use_backend
+    from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
+
+_SUBMODULES = {
+    "diffusion",
+    "evaluation",
+    "models",
+    "nn",
+    "ops",
+    "reference",
+    "systems",
+    "testing",
+    "training",
+}
+_NAMES = {
+    "LatentDiffusionPipeline": "fastldm.systems.latent_diffusion",
+    "explain": "fastldm.dispatch",
+    "record": "fastldm.dispatch",
+    "use_backend": "fastldm.dispatch",
+}
+
+__all__ = ["__version__", *sorted(_SUBMODULES), *sorted(_NAMES)]
+
+
+def __getattr__(name: str):
+    if name in _SUBMODULES:
+        return importlib.import_module(f"fastldm.{name}")
+    if name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fastldm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
