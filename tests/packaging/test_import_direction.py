@@ -1,0 +1,70 @@
+"""Imports point one way: every part of the package names the parts it may use, wherever the import stands."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "fastldm"
+
+BASE = {"errors", "_version"}
+KERNELS = {"reference", "eager", "kernels", "native"}
+MAY_IMPORT = {
+    "errors": set(),
+    "_version": set(),
+    "io": BASE,
+    "reference": BASE,
+    "kernels": BASE,
+    "native": BASE,
+    "eager": BASE | {"reference"},
+    "dispatch": BASE | KERNELS,
+    "ops": BASE | {"dispatch"},
+    "nn": BASE | {"ops"},
+    "models": BASE | {"ops", "nn", "io"},
+    "diffusion": BASE,
+    "systems": BASE | {"ops", "nn", "io", "models", "diffusion"},
+    "training": BASE | {"ops", "nn", "io", "models", "diffusion", "systems", "dispatch"},
+    "evaluation": BASE | {"io", "diffusion", "systems", "training"},
+    "testing": BASE | {"reference"},
+    "env": BASE | KERNELS | {"dispatch", "ops"},
+    "cli": BASE | {"io", "models", "diffusion", "systems", "training", "evaluation", "dispatch", "env"},
+    "__main__": {"cli"},
+}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    """First-level parts of fastldm that a file imports, at the top or inside a function."""
+    package = ("fastldm", *path.relative_to(PACKAGE).parent.parts)
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            prefix = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (prefix, node.module)))
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("fastldm.")}
+
+
+SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    part = part_of(path)
+    assert part in MAY_IMPORT, f"{part} is new: say in MAY_IMPORT what it may import"
+    assert imported_parts(path) - {part} <= MAY_IMPORT[part]
+
+
+def test_a_wrong_import_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    (tmp_path / "nn").mkdir()
+    source = tmp_path / "nn" / "layer.py"
+    source.write_text("def f():\n    from fastldm.models.unet import X\n    from . import y\n    import fastldm.cli\n")
+    assert imported_parts(source) == {"models", "nn", "cli"}

@@ -1,0 +1,109 @@
+"""`fastldm.kernels.<op>` imports from a wheel, from every kind of editable install and from a bare checkout.
+
+And Hugging Face's `kernels` package, which diffusers imports, is never shadowed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SITE = sysconfig.get_paths()["purelib"]
+PARTS = ["fastldm", "kernels", "csrc"]
+FILES = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"]
+
+CHECK = "import fastldm.kernels.common as k, kernels, fastldm, json; print(json.dumps([k.__file__, kernels.__file__, fastldm.__file__]))"
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of the tree, so that no build litters the real one."""
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "assets")
+    for part in PARTS:
+        shutil.copytree(ROOT / part, copy / part, ignore=ignore)
+    for name in FILES:
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture
+def hf_kernels(tmp_path) -> Path:
+    """A stand-in for Hugging Face's `kernels` distribution."""
+    folder = tmp_path / "hf"
+    (folder / "kernels").mkdir(parents=True)
+    (folder / "kernels" / "__init__.py").write_text("def get_kernel(name): return name\n")
+    return folder
+
+
+def run(python: Path | str, code: str, *path: Path | str, cwd: Path) -> str:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, cwd=cwd, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def pip(*args: str, cwd: Path, python: Path | str = sys.executable) -> None:
+    command = [sys.executable, "-m", "pip", "--python", str(python), *args]
+    env = {**os.environ, "PYTHONPATH": SITE}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_setup_imports_without_torch(checkout):
+    blocked = "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version']; exec(open('setup.py').read())"
+    code = f"__file__ = {str(checkout / 'setup.py')!r}\n{blocked}"
+    assert run(sys.executable, code, SITE, cwd=checkout)
+
+
+def test_wheel(checkout, hf_kernels, tmp_path):
+    pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "dist"), ".", cwd=checkout)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"fastldm/kernels/__init__.py", "fastldm/kernels/common/__init__.py", "fastldm/csrc/README.md"} <= set(names)
+    assert any(name.startswith("fastldm/configs/") for name in names)
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"fastldm"}
+
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    out = run(sys.executable, CHECK, installed, hf_kernels, SITE, cwd=tmp_path)
+    assert str(installed / "fastldm" / "kernels" / "common") in out
+    assert str(hf_kernels) in out
+
+
+@pytest.mark.parametrize("mode", ["default", "strict", "compat"])
+def test_editable(checkout, hf_kernels, tmp_path, mode):
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    python = venv / "bin" / "python"
+    settings = [] if mode == "default" else ["--config-settings", f"editable_mode={mode}"]
+    pip("install", "-q", "--no-deps", "--no-build-isolation", *settings, "-e", ".", cwd=checkout, python=python)
+    for cwd in (tmp_path, checkout):
+        out = run(python, CHECK, hf_kernels, SITE, cwd=cwd)
+        assert str(checkout / "kernels" / "common") in out or str(venv) in out or "build" in out
+        assert str(hf_kernels) in out
+
+
+def test_bare_checkout(checkout, hf_kernels):
+    out = run(sys.executable, CHECK, hf_kernels, SITE, cwd=checkout)
+    assert str(checkout / "kernels" / "common") in out
+    assert str(hf_kernels) in out
+
+
+def test_sdist_carries_the_sources(checkout, tmp_path):
+    code = f"import setuptools.build_meta as b; print(b.build_sdist({str(tmp_path)!r}))"
+    name = run(sys.executable, code, SITE, cwd=checkout).splitlines()[-1]
+    shutil.unpack_archive(tmp_path / name, tmp_path / "sdist")
+    (folder,) = (tmp_path / "sdist").iterdir()
+    for wanted in ("kernels/common/__init__.py", "kernels/README.md", "csrc/README.md", "setup.py"):
+        assert (folder / wanted).is_file(), wanted
