@@ -1,4 +1,4 @@
-"""Datasets that yield {"image", "caption", "label"} items: the built-in captioned shapes and folders of pictures."""
+"""Datasets of {"image", "caption", "label"} items: the built-in captioned shapes and folders of pictures."""
 
 from fastldm.training.datasets.shapes import CaptionedShapes
 

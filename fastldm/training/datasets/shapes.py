@@ -5,8 +5,8 @@ shade and background vary from picture to picture, always within the attribute t
 below are for 64x64 pictures and scale with the picture.
 
 One object: a size (radius about 7.5 or 12.5), a colour, a shape and a corner of the picture.
-Two objects: the same medium size (radius about 10), a colour and a shape each, and a relation between them; the
-offset along the relation's axis is at least 28, along the other axis at most 4.
+Two objects: the same medium size (radius about 10), a colour and a shape each, and a relation between them;
+the offset along the relation's axis is at least 28, along the other axis at most 4.
 
 Grammar of the captions, words in brackets may be left out and then that attribute is free:
 
@@ -24,7 +24,8 @@ Grammar of the captions, words in brackets may be left out and then that attribu
     sideways = ["to the" | "on the"] ("left" | "right") "of"
 
 Canonical captions are "a large red circle at the top left" and "a red circle left of a green square".
-`HELD_OUT_PAIRS` never appear in the training split, so that a model can be tested on combinations it has not seen.
+`HELD_OUT_PAIRS` never appear in the training split, so that a model can be tested on combinations it has not
+seen.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ Kind = Literal["one", "two", "mixed"]
 
 @dataclass(frozen=True)
 class Object:
-    """One shape of a picture. None means unsaid; only the object of a one-object scene has a size and a place."""
+    """One shape of a picture. None means unsaid; only the object of a one-object scene has size and place."""
 
     shape: str | None = None
     colour: str | None = None
@@ -231,7 +232,7 @@ def parse_caption(text: str) -> Scene:
 def sample_scene(rng: np.random.Generator, kind: Kind = "mixed", split: Split = "train") -> Scene:
     """A random, fully specified scene.
 
-    "train" and "seen" use seen colour-shape pairs only; every "held-out" scene has at least one held-out pair.
+    "train" and "seen" use seen colour-shape pairs only; each "held-out" scene has at least one held-out pair.
     """
     if kind == "mixed":
         kind = "two" if rng.random() < TWO_OBJECT_SHARE else "one"
@@ -306,16 +307,16 @@ class CaptionedShapes(torch.utils.data.Dataset):
     """Captioned shapes as a map-style dataset; item `index` is a pure function of (split, kind, seed, index).
 
     Args:
-        split: "train" (seen pairs, canonical captions and paraphrases), "seen" (seen pairs, canonical captions,
-            a random stream apart from training) or "held-out" (every picture shows a held-out pair, canonical
-            captions).
+        split: "train" (seen pairs, canonical captions and paraphrases), "seen" (seen pairs, canonical
+            captions, a random stream apart from training) or "held-out" (every picture shows a held-out pair,
+            canonical captions).
         kind: "one" object, "two" objects with a relation, or "mixed".
         size: side of the pictures in pixels, a multiple of 8.
         length: number of items; they are drawn on demand, so it may be as large as one likes.
         seed: another seed gives other pictures.
 
-    Items are {"image": float32 (3, size, size) in [-1, 1], "caption": str, "label": int}, where the label is the
-    index in `PAIRS` of the (first) object's colour and shape.
+    Items are {"image": float32 (3, size, size) in [-1, 1], "caption": str, "label": int}; the label is the index
+    in `PAIRS` of the (first) object's colour and shape.
     """
 
     def __init__(
