@@ -1,0 +1,253 @@
+"""Noise schedules of discrete-time diffusion: q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I).
+
+A schedule carries the fields of diffusers' `scheduler_config.json`, so the file of a DDPM or DDIM scheduler
+reads and writes without loss. Betas and their products are made in float32, as diffusers makes them, so that
+the numbers agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastldm.diffusion import predictions
+from fastldm.errors import ConfigError, InputError
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+VARIANCE_TYPES = ("fixed_small", "fixed_large")
+SCHEDULER_CLASSES = ("DDIMScheduler", "DDPMScheduler")
+
+# Only one of the two diffusers classes knows these; the other would warn about them.
+_ONLY_DDIM = {"set_alpha_to_one"}
+_ONLY_DDPM = {"variance_type"}
+
+
+def cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> Tensor:
+    """Betas, float32 (T,), of abar(t) = cos^2((t + .008) / 1.008 pi / 2) (Nichol, Dhariwal 2021, eq. 17)."""
+
+    def alpha_bar(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    steps = num_train_timesteps
+    betas = [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), max_beta) for i in range(steps)]
+    return torch.tensor(betas, dtype=torch.float32)
+
+
+def rescale_to_zero_snr(betas: Tensor) -> Tensor:
+    """Shift and scale sqrt(abar) so that abar_T = 0 and abar_1 stays (Lin et al. 2023, algorithm 1)."""
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    alpha_bar = ((root - last) * (first / (first - last))) ** 2
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NoiseSchedule:
+    """A noise schedule and how a sampler walks it. Fields as in diffusers' schedulers.
+
+    `clip_sample` is off by default, unlike diffusers: latents are not bounded by 1.
+
+    Attributes:
+        betas: float32 (T,).
+        alphas_cumprod: float32 (T,), abar_t = prod_{s <= t} (1 - beta_s).
+        final_alpha_cumprod: float32 scalar, the abar that DDIM's last step goes to: 1, or abar_0 where
+            `set_alpha_to_one` is false (as CompVis trained).
+
+    Raises:
+        ConfigError: for a field value that is not offered, or for epsilon prediction at zero terminal SNR.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: Sequence[float] | None = None
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+    variance_type: str = "fixed_small"
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    rescale_betas_zero_snr: bool = False
+    betas: Tensor = field(init=False, repr=False)
+    alphas_cumprod: Tensor = field(init=False, repr=False)
+    final_alpha_cumprod: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, accepted in (
+            ("beta_schedule", BETA_SCHEDULES),
+            ("prediction_type", predictions.PREDICTION_TYPES),
+            ("timestep_spacing", TIMESTEP_SPACINGS),
+            ("variance_type", VARIANCE_TYPES),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is not offered; use one of {', '.join(accepted)}"
+                )
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ConfigError(
+                "rescale_betas_zero_snr=True with prediction_type='epsilon': at zero SNR the noise tells nothing "
+                "of the picture; use prediction_type 'v_prediction' or 'sample'"
+            )
+        if self.trained_betas is None and (
+            self.num_train_timesteps < 1 or not 0 < self.beta_start <= self.beta_end < 1
+        ):
+            raise ConfigError(
+                f"num_train_timesteps={self.num_train_timesteps}, beta_start={self.beta_start}, "
+                f"beta_end={self.beta_end}: need at least one step and 0 < beta_start <= beta_end < 1"
+            )
+        betas = self._make_betas()
+        if self.rescale_betas_zero_snr:
+            betas = rescale_to_zero_snr(betas)
+        alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+        final = torch.tensor(1.0) if self.set_alpha_to_one else alphas_cumprod[0]
+        object.__setattr__(self, "betas", betas)
+        object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
+        object.__setattr__(self, "final_alpha_cumprod", final)
+
+    def _make_betas(self) -> Tensor:
+        steps, start, end = self.num_train_timesteps, self.beta_start, self.beta_end
+        if self.trained_betas is not None:
+            if len(self.trained_betas) != steps:
+                raise ConfigError(
+                    f"trained_betas has {len(self.trained_betas)} values, num_train_timesteps is {steps}"
+                )
+            return torch.tensor(self.trained_betas, dtype=torch.float32)
+        if self.beta_schedule == "linear":
+            return torch.linspace(start, end, steps, dtype=torch.float32)
+        if self.beta_schedule == "scaled_linear":
+            return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+        return cosine_betas(steps)
+
+    @classmethod
+    def linear(
+        cls,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        **settings: Any,
+    ) -> NoiseSchedule:
+        """Betas linear in t (Ho et al. 2020)."""
+        return cls(
+            beta_schedule="linear",
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            **settings,
+        )
+
+    @classmethod
+    def scaled_linear(
+        cls,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        **settings: Any,
+    ) -> NoiseSchedule:
+        """Square roots of the betas linear in t: what CompVis' latent diffusion calls "linear"."""
+        return cls(
+            beta_schedule="scaled_linear",
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            **settings,
+        )
+
+    @classmethod
+    def cosine(cls, num_train_timesteps: int = 1000, **settings: Any) -> NoiseSchedule:
+        """Cosine abar with betas capped at 0.999 (Nichol and Dhariwal 2021)."""
+        return cls(beta_schedule="squaredcos_cap_v2", num_train_timesteps=num_train_timesteps, **settings)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """From the fields of a DDPM or DDIM `scheduler_config.json`; absent ones take diffusers' defaults.
+
+        Raises:
+            ConfigError: for another scheduler class or a field it does not have.
+        """
+        class_name = config.get("_class_name", "DDIMScheduler")
+        if class_name not in SCHEDULER_CLASSES:
+            raise ConfigError(
+                f"scheduler class {class_name} is not offered; use {' or '.join(SCHEDULER_CLASSES)}"
+            )
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        known = {f.name for f in fields(cls) if f.init}
+        if unknown := sorted(set(given) - known):
+            raise ConfigError(
+                f"unknown scheduler field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
+        return cls(**{"clip_sample": True, **given})
+
+    def to_config(self, class_name: str = "DDIMScheduler") -> dict[str, Any]:
+        """The fields of `scheduler_config.json` for `class_name`, "DDIMScheduler" or "DDPMScheduler"."""
+        if class_name not in SCHEDULER_CLASSES:
+            raise ConfigError(
+                f"scheduler class {class_name} is not offered; use {' or '.join(SCHEDULER_CLASSES)}"
+            )
+        foreign = _ONLY_DDPM if class_name == "DDIMScheduler" else _ONLY_DDIM
+        config = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in foreign}
+        if self.trained_betas is not None:
+            config["trained_betas"] = [float(beta) for beta in self.trained_betas]
+        return {"_class_name": class_name, **config}
+
+    def _alpha_bar(self, like: Tensor, t: Tensor) -> Tensor:
+        """abar_t, shaped to broadcast against `like` (B, ...), in at least float32."""
+        alpha_bar = self.alphas_cumprod.to(t.device)[t]
+        alpha_bar = alpha_bar.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        return alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise. x0, noise (B, ...), t int64 (B,) -> x0's dtype."""
+        alpha_bar = self._alpha_bar(x0, t)
+        return (alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise).to(x0.dtype)
+
+    def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """v_t = sqrt(abar_t) noise - sqrt(1 - abar_t) x0 (Salimans and Ho 2022). Shapes as in `add_noise`."""
+        return predictions.target(x0, noise, self._alpha_bar(x0, t), "v_prediction")
+
+    def training_target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the denoiser must output at (x_t, t) under `prediction_type`. Shapes as in `add_noise`."""
+        return predictions.target(x0, noise, self._alpha_bar(x0, t), self.prediction_type)
+
+    def timesteps(
+        self, num_inference_steps: int, spacing: str | None = None, steps_offset: int | None = None
+    ) -> Tensor:
+        """The timesteps a sampler visits, int64 (num_inference_steps,), falling.
+
+        Args:
+            spacing: "leading" (CompVis), "trailing" or "linspace" (Lin et al. 2023, table 2); None = our own.
+            steps_offset: added to "leading" timesteps; None = our own.
+        """
+        total, count = self.num_train_timesteps, num_inference_steps
+        spacing = self.timestep_spacing if spacing is None else spacing
+        offset = self.steps_offset if steps_offset is None else steps_offset
+        if not 1 <= count <= total:
+            raise InputError(
+                f"num_inference_steps={count}: the model was trained on {total} steps; use 1 to {total}"
+            )
+        if spacing == "leading":
+            steps = np.arange(count)[::-1] * (total // count) + offset
+            if steps[0] >= total:
+                raise InputError(
+                    f"num_inference_steps={count} with steps_offset={offset} asks for timestep {steps[0]}; "
+                    f"the last trained one is {total - 1}: use fewer steps or steps_offset=0"
+                )
+        elif spacing == "trailing":
+            # Rounding in arange can append one more value below the last step: cut it off.
+            steps = np.round(np.arange(total, 0, -total / count))[:count] - 1
+        elif spacing == "linspace":
+            steps = np.linspace(0, total - 1, count).round()[::-1]
+        else:
+            raise InputError(f"spacing={spacing!r} is not offered; use one of {', '.join(TIMESTEP_SPACINGS)}")
+        return torch.from_numpy(steps.astype(np.int64))
