@@ -1,0 +1,133 @@
+"""Finding, reading and writing the files of a model folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
+
+from fastldm.errors import CheckpointError
+from fastldm.io import atomic_file
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_RANDOM_FILLS = {torch.Tensor.uniform_, torch.Tensor.normal_}
+
+
+class SkipInit(TorchFunctionMode):
+    """Leave parameters unfilled where random values would be drawn only to be overwritten.
+
+    Their memory is then never touched, and what is computed rather than drawn (tables in buffers) is right.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _RANDOM_FILLS:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def resolve_folder(path: str | os.PathLike, subfolder: str | None, config_name: str) -> Path:
+    """The local folder that holds `config_name`, fetched from the hub where `path` is a name there."""
+    folder = Path(path)
+    if not folder.exists():
+        folder = _fetch(os.fspath(path), subfolder)
+    folder = folder / subfolder if subfolder else folder
+    if not (folder / config_name).is_file():
+        raise CheckpointError(f"{folder} holds no {config_name}; give the folder of a saved model")
+    return folder
+
+
+def _fetch(name: str, subfolder: str | None) -> Path:
+    missing = f"{name} does not exist here"
+    if not _HUB_NAME.fullmatch(name):
+        raise CheckpointError(f"{missing}; give the folder of a saved model")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(
+            f"{missing}; if it is a name on the Hugging Face hub, install huggingface_hub"
+        ) from None
+    prefix = f"{subfolder}/" if subfolder else ""
+    try:
+        return Path(snapshot_download(name, allow_patterns=[f"{prefix}*.json", f"{prefix}*.safetensors"]))
+    except Exception as error:  # whatever the hub's client raises: no network, no such name, no access
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{missing} and the hub did not give it: {reason}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """`a.safetensors` to `a.fp16.safetensors`; the index of shards to `a.safetensors.index.fp16.json`."""
+    stem, dot, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}{dot}{suffix}"
+
+
+def find_weights(folder: Path, names: tuple[str, ...], variant: str | None) -> Path:
+    """The first of `names`, whole or as the index of its shards, that the folder has."""
+    candidates = [with_variant(n, variant) for name in names for n in (name, f"{name}.index.json")]
+    for candidate in candidates:
+        if (folder / candidate).is_file():
+            return folder / candidate
+    suffixes = (".safetensors", ".bin", ".index.json")
+    present = sorted(file.name for file in folder.iterdir() if file.name.endswith(suffixes))
+    raise CheckpointError(
+        f"{folder} holds no {' or '.join(candidates)}; weights there: {', '.join(present) or 'none'}"
+    )
+
+
+def read_state_dict(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of a file, or of all the files of an index, floating ones as `dtype`.
+
+    They are copies: the files can be overwritten afterwards. One tensor at a time is held twice.
+    """
+    if path.name.endswith(".json"):
+        shards = read_json(path).get("weight_map")
+        if not isinstance(shards, dict) or any(Path(name).name != name for name in shards.values()):
+            raise CheckpointError(f"{path} holds no weight_map of file names in its own folder")
+        state: dict[str, torch.Tensor] = {}
+        for name in sorted(set(shards.values())):
+            state |= read_state_dict(path.parent / name, dtype)
+        return state
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return {key: _own(file.get_tensor(key), dtype) for key in file.keys()}  # noqa: SIM118
+        pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {key: _own(tensor, dtype) for key, tensor in pickled.items()}
+    except Exception as error:  # a truncated or foreign file fails in as many ways as there are readers
+        raise CheckpointError(f"cannot read the weights in {path}: {error}") from error
+
+
+def _own(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy outside the mapped file, which another program may overwrite in place."""
+    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def write_safetensors(path: Path, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
+    """Write tensors to `path` in one step, floating ones as `dtype`; `CheckpointError` if it cannot."""
+    state = {
+        key: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for key, tensor in state.items()
+    }
+    try:
+        with atomic_file(path) as temporary:
+            save_file(state, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
