@@ -61,7 +61,8 @@ PALETTE = {
 }
 
 # Outer radius of each shape for a nominal radius of 1: about equal areas look about equally large.
-OUTER_RADIUS = {"circle": 1.0, "square": 0.9 * math.sqrt(2), "triangle": 1.22, "star": 1.22}
+SQUARE_HALF_SIDE = 0.9
+OUTER_RADIUS = {"circle": 1.0, "square": SQUARE_HALF_SIDE * math.sqrt(2), "triangle": 1.22, "star": 1.22}
 STAR_INNER_RADIUS = 0.46
 
 RADIUS = {"small": (7.0, 8.0), "large": (12.0, 13.0), None: (9.5, 10.5)}
@@ -294,7 +295,7 @@ def render(scene: Scene, rng: np.random.Generator | int, size: int = 64) -> Imag
 def outline(shape: str) -> np.ndarray:
     """Corners (N, 2), x right and y down, of a polygonal shape of nominal radius 1 with its centroid at 0."""
     if shape == "square":
-        return 0.9 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+        return SQUARE_HALF_SIDE * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
     steps = {"triangle": 3, "star": 10}[shape]
     angles = 2 * np.pi * np.arange(steps) / steps - np.pi / 2
     radii = np.full(steps, OUTER_RADIUS[shape])
@@ -315,8 +316,8 @@ class CaptionedShapes(torch.utils.data.Dataset):
         length: number of items; they are drawn on demand, so it may be as large as one likes.
         seed: another seed gives other pictures.
 
-    Items are {"image": float32 (3, size, size) in [-1, 1], "caption": str, "label": int}; the label is the index
-    in `PAIRS` of the (first) object's colour and shape.
+    Items are {"image": float32 (3, size, size) in [-1, 1], "caption": str, "label": int}; the label is
+    the index in `PAIRS` of the (first) object's colour and shape.
     """
 
     def __init__(
