@@ -5,9 +5,15 @@ from __future__ import annotations
 import importlib
 
 _NAMES = {
+    "AutoencoderKL": "fastldm.models.autoencoder_kl",
+    "AutoencoderKLOutput": "fastldm.models.autoencoder_kl",
+    "DecoderOutput": "fastldm.models.autoencoder_blocks",
+    "DiagonalGaussianDistribution": "fastldm.models.autoencoder_kl",
     "Model": "fastldm.models.base",
     "UNet2DConditionModel": "fastldm.models.unet",
     "UNet2DConditionOutput": "fastldm.models.unet",
+    "VQEncoderOutput": "fastldm.models.vq_model",
+    "VQModel": "fastldm.models.vq_model",
 }
 
 __all__ = sorted(_NAMES)

@@ -7,6 +7,7 @@ from fastldm.nn.embeddings import TimestepEmbedding, Timesteps, timestep_embeddi
 from fastldm.nn.normalization import GroupNorm
 from fastldm.nn.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from fastldm.nn.transformer import GEGLU, BasicTransformerBlock, FeedForward, Transformer2DModel
+from fastldm.nn.vector_quantizer import VectorQuantizer
 
 __all__ = [
     "GEGLU",
@@ -20,5 +21,6 @@ __all__ = [
     "Timesteps",
     "Transformer2DModel",
     "Upsample2D",
+    "VectorQuantizer",
     "timestep_embedding",
 ]
