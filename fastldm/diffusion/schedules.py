@@ -97,8 +97,8 @@ class NoiseSchedule:
                 )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ConfigError(
-                "rescale_betas_zero_snr=True with prediction_type='epsilon': at zero SNR the noise tells nothing "
-                "of the picture; use prediction_type 'v_prediction' or 'sample'"
+                "rescale_betas_zero_snr=True with prediction_type='epsilon': the noise at zero SNR holds no "
+                "picture; use prediction_type 'v_prediction' or 'sample'"
             )
         if self.trained_betas is None and (
             self.num_train_timesteps < 1 or not 0 < self.beta_start <= self.beta_end < 1

@@ -1,0 +1,194 @@
+"""Captions to token ids, over the `tokenizers` library and its `tokenizer.json`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastldm.errors import CheckpointError, InputError
+from fastldm.io import atomic_write
+
+PAD, CLS, SEP, UNK = SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
+
+# Known words a message lists at most.
+_LISTED_WORDS = 40
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with a fixed text window.
+
+    Words the vocabulary lacks are an error, not an unknown token: a picture of another caption helps nobody.
+    The empty string is the null caption.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+        max_length: tokens per caption, special tokens included; shorter captions are padded on the right.
+    """
+
+    def __init__(self, backend: Any, max_length: int) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        # A caption that spells "[PAD]" means those letters.
+        backend.encode_special_tokens = True
+        self.backend = backend
+        self.max_length = max_length
+        self._special_count = backend.num_special_tokens_to_add(is_pair=False)
+        self._unk_id = backend.token_to_id(UNK)
+        self._pad_id = backend.token_to_id(PAD)
+        if self._pad_id is None:
+            raise CheckpointError(f"the tokenizer has no {PAD} token; fastldm reads BERT-style tokenizers")
+        if max_length <= self._special_count:
+            raise InputError(
+                f"max_length={max_length} leaves no room for words; use {self._special_count + 1} or more"
+            )
+
+    @classmethod
+    def from_captions(cls, captions: Iterable[str], max_length: int) -> Tokenizer:
+        """A word-level tokenizer that knows the words of `captions`, the most frequent first.
+
+        Letters are lower-cased, apostrophes dropped, other punctuation and hyphens become spaces.
+        """
+        from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
+        from tokenizers import Tokenizer as Backend
+
+        normalizer = normalizers.Sequence(
+            [
+                normalizers.NFKC(),
+                normalizers.Lowercase(),
+                normalizers.Replace(Regex(r"['\u2019]"), ""),
+                normalizers.Replace(Regex(r"\p{P}"), " "),
+            ]
+        )
+        counts = Counter(word for caption in captions for word in normalizer.normalize_str(caption).split())
+        words = sorted(counts, key=lambda word: (-counts[word], word))
+        backend = Backend(
+            models.WordLevel({w: i for i, w in enumerate((*SPECIAL_TOKENS, *words))}, unk_token=UNK)
+        )
+        backend.normalizer = normalizer
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        backend.add_special_tokens(list(SPECIAL_TOKENS))
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{CLS} $A {SEP}", special_tokens=[(CLS, 1), (SEP, 2)]
+        )
+        return cls(backend, max_length)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are smaller than this."""
+        return self.backend.get_vocab_size()
+
+    @property
+    def words(self) -> list[str]:
+        """The vocabulary without special tokens, in the order of ids."""
+        vocabulary = self.backend.get_vocab()
+        return [word for word in sorted(vocabulary, key=vocabulary.get) if not re.fullmatch(r"\[.*\]", word)]
+
+    def __call__(self, captions: str | Sequence[str]) -> Tensor:
+        """Token ids, int64 (B, max_length), on the CPU.
+
+        Warns where a caption is longer than the window, naming what is cut off.
+
+        Raises:
+            InputError: for something that is not text, for unknown words, for a caption of punctuation only.
+        """
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        rows = [self._encode(caption) for caption in captions]
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
+
+    def _encode(self, caption: str) -> list[int]:
+        if not isinstance(caption, str):
+            raise InputError(f"a caption must be text, not {type(caption).__name__}")
+        encoding = self.backend.encode(caption, add_special_tokens=False)
+        self._refuse_unknown(caption, encoding)
+        if caption.strip() and not encoding.ids:
+            raise InputError(f"the caption {caption!r} holds no word; write some, or '' for no condition")
+        room = self.max_length - self._special_count
+        if len(encoding.ids) > room:
+            cut = caption[encoding.offsets[room][0] :].strip()
+            warnings.warn(
+                f"the caption has {len(encoding.ids)} tokens, the text window {room}: {cut!r} is cut off",
+                stacklevel=4,
+            )
+            encoding.truncate(room)
+        ids = self.backend.post_process(encoding).ids
+        return ids + [self._pad_id] * (self.max_length - len(ids))
+
+    def _refuse_unknown(self, caption: str, encoding: Any) -> None:
+        unknown = [
+            caption[start:end]
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token == self._unk_id
+        ]
+        if not unknown:
+            return
+        words = self.words
+        parts = []
+        for word in dict.fromkeys(unknown):
+            close = difflib.get_close_matches(word.lower(), words, n=2, cutoff=0.7)
+            parts.append(f"{word!r}" + (f" (did you mean {' or '.join(close)}?)" if close else ""))
+        known = " ".join(words[:_LISTED_WORDS]) + (" ..." if len(words) > _LISTED_WORDS else "")
+        raise InputError(f"the model has never seen the word(s) {', '.join(parts)}; it knows: {known}")
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, as PreTrainedTokenizerFast reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.max_length,
+            "pad_token": PAD,
+            "cls_token": CLS,
+            "sep_token": SEP,
+            "unk_token": UNK,
+        }
+        atomic_write(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike, *, subfolder: str | None = None, max_length: int | None = None
+    ) -> Tokenizer:
+        """Read `tokenizer.json`, or the `vocab.txt` of an older BERT folder.
+
+        Args:
+            max_length: the text window where the folder states none (transformers then writes a huge number).
+
+        Raises:
+            CheckpointError: if the folder holds no tokenizer, or no one knows its text window.
+        """
+        from tokenizers import Tokenizer as Backend
+        from tokenizers.implementations import BertWordPieceTokenizer
+
+        folder = Path(folder) / (subfolder or "")
+        try:
+            config_file = folder / "tokenizer_config.json"
+            config = json.loads(config_file.read_text()) if config_file.exists() else {}
+            if (folder / "tokenizer.json").exists():
+                backend = Backend.from_file(str(folder / "tokenizer.json"))
+            elif (folder / "vocab.txt").exists():
+                lowercase = config.get("do_lower_case", True)
+                wordpiece = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lowercase)
+                backend = Backend.from_str(wordpiece.to_str())
+            else:
+                raise CheckpointError(f"{folder} holds neither tokenizer.json nor vocab.txt")
+        except CheckpointError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
+            raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        stated = config.get("model_max_length")
+        length = stated if stated is not None and stated < 1e6 else max_length
+        if length is None:
+            raise CheckpointError(
+                f"{folder}/tokenizer_config.json states no model_max_length; pass max_length"
+            )
+        return cls(backend, int(length))

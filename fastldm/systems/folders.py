@@ -1,0 +1,74 @@
+"""Pipeline folders: a `model_index.json` and one folder per part, as diffusers lays them out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastldm.errors import CheckpointError
+from fastldm.io import atomic_folder, atomic_write
+from fastldm.models.weights import read_json, resolve_folder
+
+INDEX = "model_index.json"
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def shipped_models() -> list[str]:
+    """Names of the models inside the package, each of which `from_pretrained` takes."""
+    return sorted(file.parent.name for file in ASSETS.glob(f"*/{INDEX}"))
+
+
+def find_pipeline(path: str | os.PathLike) -> Path:
+    """The folder of a saved pipeline: a local one, the name of a shipped model, or a name on the hub.
+
+    Raises:
+        CheckpointError: if there is none, or it is no pipeline's.
+    """
+    name, folder = os.fspath(path), Path(path)
+    if not folder.exists():
+        if name in shipped_models():
+            return ASSETS / name
+        if folder.parent == Path("."):
+            shipped = ", ".join(shipped_models()) or "none"
+            raise CheckpointError(
+                f"no folder {name!r}, and no shipped model of that name (shipped: {shipped})"
+            )
+    return resolve_folder(path, None, INDEX)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline folder."""
+    return read_json(folder / INDEX)
+
+
+def part_class(index: Mapping[str, Any], part: str) -> str | None:
+    """The class name that `index` gives for a part, or None if the pipeline has no such part."""
+    entry = index.get(part)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
+
+
+@contextmanager
+def writing_pipeline(path: str | os.PathLike, index: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a folder to save the parts into; on leaving it takes the place of `path` in one step.
+
+    Files of an earlier save that are not written again (another variant's weights, a README) are kept.
+
+    Raises:
+        CheckpointError: if `path` is a file or a folder of something else, or cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and ((path / INDEX).is_file() or not any(path.iterdir()))):
+        raise CheckpointError(f"{path} exists and holds no pipeline; save to a new or an empty folder")
+    try:
+        with atomic_folder(path) as folder:
+            if path.exists():
+                shutil.copytree(path, folder, dirs_exist_ok=True)
+            yield folder
+            atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot save the pipeline to {path}: {error}") from error

@@ -1,0 +1,474 @@
+"""Latent diffusion (Rombach et al. 2022): first stage, conditioner tau_theta, UNet, noise schedule."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastldm.diffusion.guidance import Denoiser, classifier_free
+from fastldm.diffusion.samplers import SAMPLERS, Generators, randn
+from fastldm.diffusion.schedules import NoiseSchedule
+from fastldm.errors import CheckpointError, ConfigError, InputError
+from fastldm.io import atomic_write
+from fastldm.models.autoencoder_kl import AutoencoderKL
+from fastldm.models.conditioners import (
+    ClassConditioner,
+    Conditioner,
+    Conditioning,
+    SpatialConditioner,
+    TextConditioner,
+    predict,
+)
+from fastldm.models.outputs import Output
+from fastldm.models.text_transformer import LDMBertModel
+from fastldm.models.tokenizer import Tokenizer
+from fastldm.models.unet import UNet2DConditionModel
+from fastldm.models.vq_model import VQModel
+from fastldm.models.weights import read_json
+from fastldm.pictures import to_pil
+from fastldm.systems import folders
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# What a call uses where neither the caller nor the model's folder says: as diffusers' LDMTextToImagePipeline.
+DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 1.0}
+
+_SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}
+_FIRST_STAGES = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
+_CONDITIONERS = {"ClassConditioner": ClassConditioner, "SpatialConditioner": SpatialConditioner}
+
+
+@dataclass
+class ImagePipelineOutput(Output):
+    """images: PIL images, numpy (B, H, W, 3) or tensor (B, 3, H, W), float32 in [0, 1], or latents."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+
+
+def scale_from_batch(latents: Tensor) -> float:
+    """The factor that brings latents to unit standard deviation: 1 / std over all their elements."""
+    return 1 / latents.float().std().item()
+
+
+class LatentDiffusionPipeline:
+    """Conditions to pictures, and the parts to train that.
+
+    Args:
+        first_stage: VQModel or AutoencoderKL. Diffusion runs on VQ latents before quantisation.
+        conditioner: tau_theta: TextConditioner, ClassConditioner or SpatialConditioner.
+        unet: the denoiser; its `cross_attention_dim` and `in_channels` must fit the other two.
+        schedule: the noise schedule, prediction type and timestep spacing.
+        scaling_factor: multiplies first-stage latents; None = the first stage's own `scaling_factor`.
+        sampler: "ddim" or "ddpm", what a call uses by default.
+        defaults: `num_inference_steps` and `guidance_scale` a call uses by default; stored with the model.
+
+    Raises:
+        ConfigError: if the parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        first_stage: VQModel | AutoencoderKL,
+        conditioner: Conditioner,
+        unet: UNet2DConditionModel,
+        schedule: NoiseSchedule,
+        scaling_factor: float | None = None,
+        *,
+        sampler: str = "ddim",
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        if sampler not in SAMPLERS:
+            raise ConfigError(f"sampler={sampler!r} is not offered; use one of {', '.join(SAMPLERS)}")
+        if unknown := sorted(set(defaults or {}) - set(DEFAULTS)):
+            raise ConfigError(f"unknown default(s) {', '.join(unknown)}; known: {', '.join(DEFAULTS)}")
+        self.first_stage = first_stage
+        self.conditioner = conditioner
+        self.unet = unet
+        self.schedule = schedule
+        self.scaling_factor = first_stage.config.scaling_factor if scaling_factor is None else scaling_factor
+        self.sampler = sampler
+        self.defaults = {**DEFAULTS, **(defaults or {})}
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        latent, concat = self.latent_channels, self.conditioner.concat_channels
+        config = self.unet.config
+        problems = []
+        if config.in_channels != latent + concat:
+            problems.append(
+                f"in_channels is {config.in_channels}, but latents and condition have {latent} + {concat}"
+            )
+        if config.out_channels != latent:
+            problems.append(f"out_channels is {config.out_channels}, but latents have {latent}")
+        width, taken = self.conditioner.context_dim, config.cross_attention_dim
+        if width is not None and {width} != ({taken} if isinstance(taken, int) else set(taken)):
+            problems.append(f"cross_attention_dim is {taken}, but the condition has {width}")
+        if problems:
+            raise ConfigError(f"the UNet does not fit: its {'; its '.join(problems)}")
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that diffusion runs on."""
+        config = self.first_stage.config
+        if isinstance(self.first_stage, VQModel) and config.vq_embed_dim is not None:
+            return config.vq_embed_dim
+        return config.latent_channels
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per latent position, along each side."""
+        return 2 ** (len(self.first_stage.config.block_out_channels) - 1)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Every part under the name of its folder."""
+        return {
+            "vqvae": self.first_stage,
+            **self.conditioner.components(),
+            "unet": self.unet,
+            "scheduler": self.schedule,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> LatentDiffusionPipeline:
+        """Move or convert every network, as `torch.nn.Module.to`; returns self."""
+        for module in (self.first_stage, self.conditioner, self.unet):
+            module.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: Generators = None) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] to scaled latents, float32 (B, C, H / factor, W / factor).
+
+        A KL first stage draws from its Gaussian with `generator`; a VQ one gives latents before quantisation.
+        """
+        self._check_size(*images.shape[-2:])
+        output = self.first_stage.encode(images.to(self.device, self.dtype))
+        if isinstance(self.first_stage, AutoencoderKL):
+            latents = output.latent_dist.sample(generator)
+        else:
+            latents = output.latents
+        return latents.float() * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) to pictures, float32 (B, 3, H, W), about [-1, 1]; quantises for VQ."""
+        latents = latents.to(self.device) / self.scaling_factor
+        return self.first_stage.decode(latents.to(self.dtype)).sample.float()
+
+    def denoiser(
+        self,
+        conditioning: Conditioning,
+        null_conditioning: Conditioning | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+    ) -> Denoiser:
+        """The UNet under a condition, for samplers: (x (B, C, h, w), t int64 (B,)) -> model output, x's
+        dtype.
+
+        See `fastldm.diffusion.guidance.classifier_free` for the two guidance arguments.
+        """
+
+        def model(x: Tensor, t: Tensor, context: Tensor | None, concat: Tensor | None) -> Tensor:
+            return predict(self.unet, x.to(self.dtype), t, context, concat).to(x.dtype)
+
+        return classifier_free(
+            model,
+            conditioning._asdict(),
+            None if null_conditioning is None else null_conditioning._asdict(),
+            guidance_scale,
+            rescale=guidance_rescale,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Any,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: Any = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = None,
+        guidance_rescale: float = 0.0,
+        sampler: str | None = None,
+        progress: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Make pictures.
+
+        Args:
+            prompt: what the conditioner prepares: caption(s), class label(s), or condition pictures.
+            height, width: of the pictures; None = the size the UNet was made for, or the condition picture's.
+            num_inference_steps, guidance_scale: None = the model's own defaults. A scale of 1 is no guidance.
+            negative_prompt: what guidance leads away from, one or one per prompt; None = the null condition.
+            num_images_per_prompt: the pictures of one prompt come one after another.
+            eta: randomness of DDIM, 0 to 1.
+            generator: one, or a list with one per picture: then a picture does not depend on its batch.
+            latents: the first noise (B, C, height / factor, width / factor) instead of a drawn one.
+            output_type: "pil", "np", "pt" or "latent".
+            callback_on_step_end: called with (pipeline, step, timestep, {"latents": x}); may return a mapping
+                whose "latents" replace x.
+            guidance_rescale: strength in [0, 1] of the rescaling of Lin et al. 2023, section 3.4.
+            sampler: "ddim" or "ddpm"; None = the model's own.
+            progress: show a progress bar.
+
+        Raises:
+            InputError: for anything that cannot be used, before sampling starts.
+        """
+        steps = self.defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        sampler = sampler or self.sampler
+        self._check_call(output_type, sampler, eta, num_images_per_prompt)
+        timesteps = self.schedule.timesteps(steps)
+
+        with self._evaluating():
+            condition, null = self._prepare(prompt, negative_prompt, scale)
+            condition = condition.repeat_interleave(num_images_per_prompt, dim=0).to(self.device)
+            conditioning = self.conditioner(condition)
+            null_conditioning = None
+            if scale != 1:
+                null = null.repeat_interleave(num_images_per_prompt, dim=0).to(self.device)
+                null_conditioning = self.conditioner(null)
+            denoiser = self.denoiser(conditioning, null_conditioning, scale, guidance_rescale)
+            shape = (
+                len(condition),
+                self.latent_channels,
+                *self._latent_size(height, width, conditioning.concat),
+            )
+            x = self._first_noise(shape, generator, latents)
+
+            def callback(i: int, t: int, x: Tensor, x0: Tensor) -> Tensor | None:
+                changed = callback_on_step_end(self, i, t, {"latents": x})
+                return None if changed is None else changed.get("latents")
+
+            x = SAMPLERS[sampler](
+                denoiser,
+                x,
+                self.schedule,
+                timesteps,
+                generator=generator,
+                callback=None if callback_on_step_end is None else callback,
+                progress=progress,
+                **({"eta": eta} if sampler == "ddim" else {}),
+            )
+            images = self._finish(x, output_type)
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _check_call(self, output_type: str, sampler: str, eta: float, num_images_per_prompt: int) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(
+                f"output_type={output_type!r} is not offered; use one of {', '.join(OUTPUT_TYPES)}"
+            )
+        if sampler not in SAMPLERS:
+            raise InputError(f"sampler={sampler!r} is not offered; use one of {', '.join(SAMPLERS)}")
+        if not 0 <= eta <= 1 or (eta and sampler != "ddim"):
+            raise InputError(
+                f"eta={eta} with sampler {sampler!r}: eta is 0 to 1 for 'ddim', and 0 for any other"
+            )
+        if num_images_per_prompt < 1:
+            raise InputError(f"num_images_per_prompt={num_images_per_prompt}: ask for at least one")
+
+    def _prepare(self, prompt: Any, negative_prompt: Any, scale: float) -> tuple[Tensor, Tensor]:
+        """The prepared conditions and what guidance leads away from, (B, ...) both."""
+        condition = self.conditioner.prepare(prompt)
+        if len(condition) == 0:
+            raise InputError("there is no prompt; give at least one")
+        if negative_prompt is None:
+            return condition, self.conditioner.null_like(condition)
+        if scale == 1:
+            warnings.warn("negative_prompt has no effect at guidance_scale=1", stacklevel=3)
+        negative = self.conditioner.prepare(negative_prompt)
+        if len(negative) not in (1, len(condition)) or negative.shape[1:] != condition.shape[1:]:
+            raise InputError(
+                f"negative prompts {tuple(negative.shape)} for prompts {tuple(condition.shape)}: "
+                "give one, or one per prompt"
+            )
+        return condition, negative.expand_as(condition)
+
+    def _latent_size(self, height: int | None, width: int | None, concat: Tensor | None) -> tuple[int, int]:
+        factor = self.downsample_factor
+        own = self.unet.config.sample_size
+        if concat is not None:
+            own = tuple(concat.shape[-2:])
+        if own is None and (height is None or width is None):
+            raise InputError("the model states no size of its own; give height and width")
+        rows, columns = (own, own) if own is None or isinstance(own, int) else own
+        height = rows * factor if height is None else height
+        width = columns * factor if width is None else width
+        self._check_size(height, width)
+        size = height // factor, width // factor
+        if concat is not None and size != own:
+            raise InputError(
+                f"height={height}, width={width} do not fit the condition, "
+                f"which is for {own[0] * factor} x {own[1] * factor}"
+            )
+        return size
+
+    def _check_size(self, height: int, width: int) -> None:
+        factor = self.downsample_factor
+        if height < 1 or width < 1 or height % factor or width % factor:
+            raise InputError(f"height={height}, width={width}: use multiples of {factor}")
+
+    def _first_noise(self, shape: tuple[int, ...], generator: Generators, latents: Tensor | None) -> Tensor:
+        if (
+            generator is not None
+            and not isinstance(generator, torch.Generator)
+            and len(generator) != shape[0]
+        ):
+            raise InputError(
+                f"{len(generator)} generators for {shape[0]} pictures: give one, or one per picture"
+            )
+        if latents is None:
+            return randn(shape, generator, device=self.device)
+        if tuple(latents.shape) != shape:
+            raise InputError(f"latents are {tuple(latents.shape)}; this call needs {shape}")
+        return latents.to(self.device, torch.float32)
+
+    def _finish(self, x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+        if output_type == "latent":
+            return x
+        images = self.decode(x)
+        if output_type == "pil":
+            return to_pil(images)
+        images = (images / 2 + 0.5).clamp(0, 1)
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """No dropout while sampling, also in the middle of training."""
+        modules = [module for module in (self.first_stage, self.conditioner, self.unet) if module.training]
+        try:
+            for module in modules:
+                module.eval()
+            yield
+        finally:
+            for module in modules:
+                module.train()
+
+    def save_pretrained(
+        self, path: str | os.PathLike, *, variant: str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write the folder of the pipeline, all or nothing. `variant`, `dtype`: as `Model.save_pretrained`.
+
+        A text-conditioned one is laid out as diffusers' LDMTextToImagePipeline, which loads it (and makes the
+        same pictures if the first stage shrinks by 8 and the text window is 77, which that class takes for
+        granted).
+        """
+        text = isinstance(self.conditioner, TextConditioner)
+        scheduler = _SCHEDULERS[self.sampler]
+        index = {
+            "_class_name": "LDMTextToImagePipeline" if text else type(self).__name__,
+            # diffusers skips what begins with an underscore.
+            "_defaults": self.defaults,
+        }
+        with folders.writing_pipeline(path, index) as folder:
+            for name, part in self.components.items():
+                library, class_name = "diffusers", type(part).__name__
+                if isinstance(part, NoiseSchedule):
+                    class_name = scheduler
+                    (folder / name).mkdir(exist_ok=True)
+                    config = json.dumps(part.to_config(scheduler), indent=2)
+                    atomic_write(folder / name / "scheduler_config.json", config + "\n")
+                elif isinstance(part, Tokenizer):
+                    library, class_name = "transformers", "PreTrainedTokenizerFast"
+                    part.save_pretrained(folder / name)
+                else:
+                    part.save_pretrained(folder / name, variant=variant, dtype=dtype)
+                if isinstance(part, LDMBertModel):
+                    library = "latent_diffusion"
+                elif name == "conditioner":
+                    library = "fastldm"
+                index[name] = [library, class_name]
+            self._write_scaling_factor(folder / "vqvae" / "config.json")
+
+    def _write_scaling_factor(self, file: Path) -> None:
+        # diffusers' pipelines read the factor from the first stage.
+        config = {**read_json(file), "scaling_factor": self.scaling_factor}
+        atomic_write(file, json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+    ) -> LatentDiffusionPipeline:
+        """Load a pipeline folder: ours, or that of diffusers' LDMTextToImagePipeline.
+
+        Args:
+            path: a folder, the name of a shipped model ("shapes"), or a name on the hub. A folder goes first.
+            torch_dtype: of the parameters; None = float32.
+            variant: as `Model.from_pretrained`.
+
+        Raises:
+            CheckpointError: if a part is missing, is of another architecture, or does not fit the others.
+        """
+        folder = folders.find_pipeline(path)
+        index = folders.read_index(folder)
+        how = {"torch_dtype": torch_dtype, "variant": variant}
+        try:
+            first_stage = cls._load(folder, index, ("vqvae", "vae"), _FIRST_STAGES, how)
+            if folders.part_class(index, "conditioner"):
+                conditioner = cls._load(folder, index, ("conditioner",), _CONDITIONERS, how)
+            else:
+                encoder = cls._load(folder, index, ("bert",), {"LDMBertModel": LDMBertModel}, how)
+                window = encoder.config.max_position_embeddings
+                tokenizer = Tokenizer.from_pretrained(folder, subfolder="tokenizer", max_length=window)
+                conditioner = TextConditioner(encoder, tokenizer).eval()
+            unets = {"UNet2DConditionModel": UNet2DConditionModel}
+            unet = cls._load(folder, index, ("unet",), unets, how)
+            schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+            scheduler = folders.part_class(index, "scheduler")
+            sampler = next((name for name, peer in _SCHEDULERS.items() if peer == scheduler), "ddim")
+            return cls(
+                first_stage, conditioner, unet, schedule, sampler=sampler, defaults=index.get("_defaults")
+            )
+        except ConfigError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+
+    @staticmethod
+    def _load(
+        folder: Path,
+        index: Mapping[str, Any],
+        names: Sequence[str],
+        classes: Mapping[str, Any],
+        how: Mapping[str, Any],
+    ) -> Any:
+        """The part under the first of `names` that the index has, of one of `classes`."""
+        for name in names:
+            found = folders.part_class(index, name)
+            if found in classes:
+                return classes[found].from_pretrained(folder, subfolder=name, **how)
+            if found is not None:
+                raise CheckpointError(
+                    f"{folder}/{name} is a {found}; fastldm reads {' or '.join(classes)} there"
+                )
+        kind = index.get("_class_name", "pipeline")
+        raise CheckpointError(
+            f"{folder} (a {kind}) has no part {' or '.join(names)}; a latent diffusion folder holds "
+            "vqvae, unet, scheduler, and bert with tokenizer or conditioner"
+        )
