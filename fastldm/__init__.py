@@ -12,7 +12,8 @@ from fastldm._version import __version__
 
 if TYPE_CHECKING:
     from fastldm import diffusion, evaluation, models, nn, ops, reference, systems, testing, training
-    from fastldm.dispatch import explain, record, use_backend
+    from fastldm.dispatch import record, use_backend
+    from fastldm.ops import explain
     from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 
 _SUBMODULES = {
@@ -28,7 +29,7 @@ _SUBMODULES = {
 }
 _NAMES = {
     "LatentDiffusionPipeline": "fastldm.systems.latent_diffusion",
-    "explain": "fastldm.dispatch",
+    "explain": "fastldm.ops",
     "record": "fastldm.dispatch",
     "use_backend": "fastldm.dispatch",
 }

@@ -1,0 +1,153 @@
+"""Attention through PyTorch's own kernels.
+
+On the CPU the flash kernel behind `scaled_dot_product_attention`, called directly because it also returns the
+log-sum-exp, and its backward. Elsewhere `scaled_dot_product_attention` without gradient; with gradient matmul and softmax
+over blocks of query rows, since the kernel that PyTorch picks there keeps private state for its own backward.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastldm.implementation import Implementation, in_layout_of
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+_BLOCK_ELEMENTS = 1 << 24  # scores held at once by the blockwise path
+
+
+def _dense_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _additive(
+    mask: Tensor | None, q: Tensor, k: Tensor, is_causal: bool, merge_causal: bool
+) -> Tensor | None:
+    """The mask as something to add to the scores, in the dtype of q or float32; with the causal one merged if asked."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    elif mask is not None and mask.dtype not in (q.dtype, torch.float32):
+        mask = mask.to(torch.promote_types(torch.float32, q.dtype))
+    if is_causal and merge_causal:
+        above = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        mask = (
+            q.new_zeros(()).masked_fill(above, -math.inf)
+            if mask is None
+            else mask.masked_fill(above, -math.inf)
+        )
+    return mask
+
+
+def _dead_rows(mask: Tensor, q: Tensor, k: Tensor, is_causal: bool) -> Tensor:
+    """(B or 1, H or 1, Sq or 1) bool: rows with every key masked, by an additive mask and the causal one."""
+    closed = mask == -math.inf
+    if is_causal:
+        closed = closed | torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    return closed.all(dim=-1)
+
+
+def _forward(q, k, v, attn_mask, is_causal, scale, need_lse):
+    if q.device.type == "cpu":
+        return _forward_cpu(q, k, v, attn_mask, is_causal, scale, need_lse)
+    if need_lse:
+        return _forward_blocks(q, k, v, attn_mask, is_causal, scale)
+    mask = _additive(attn_mask, q, k, is_causal, merge_causal=attn_mask is not None)
+    if mask is not None:
+        mask = mask.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal and mask is None, scale=scale)
+    if mask is not None:
+        out = out.masked_fill(_dead_rows(mask, q, k, False).unsqueeze(-1), 0.0)
+    return in_layout_of(out, q), q.new_empty(0, dtype=torch.promote_types(torch.float32, q.dtype))
+
+
+def _forward_cpu(q, k, v, attn_mask, is_causal, scale, need_lse):
+    q_, k_, v_ = _dense_last(q), _dense_last(k), _dense_last(v)
+    mask = _additive(attn_mask, q, k, is_causal, merge_causal=False)
+    out, lse = _flash(q_, k_, v_, 0.0, is_causal, attn_mask=mask, scale=scale)
+    if mask is not None:
+        # The kernel's own idea of a row without keys has changed between releases.
+        dead = _dead_rows(mask, q, k, is_causal)
+        if dead.any():
+            out = out.masked_fill(dead.unsqueeze(-1), 0.0)
+            lse = lse.masked_fill(dead, -math.inf)
+    return in_layout_of(out, q), lse.contiguous() if need_lse else lse.new_empty(0)
+
+
+def _backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):
+    if q.device.type == "cpu":
+        mask = _additive(attn_mask, q, k, is_causal, merge_causal=False)
+        if mask is not None:
+            # exp(-inf - lse) must be 0 in a row without keys, so its lse may be anything finite.
+            lse = lse.masked_fill(lse == -math.inf, 0.0)
+        grads = _flash_backward(
+            _dense_last(grad_out),
+            _dense_last(q),
+            _dense_last(k),
+            _dense_last(v),
+            _dense_last(out),
+            lse,
+            0.0,
+            is_causal,
+            attn_mask=mask,
+            scale=scale,
+        )
+    else:
+        grads = _backward_blocks(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale)
+    return tuple(in_layout_of(grad, x) for grad, x in zip(grads, (q, k, v)))
+
+
+def _blocks(q: Tensor, k: Tensor) -> range:
+    rows = max(1, _BLOCK_ELEMENTS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    return range(0, q.shape[2], rows)
+
+
+def _block_scores(q, k, mask, start, stop, scale):
+    """float32 (float64) scores of the query rows start .. stop - 1, masked."""
+    scores = (q[:, :, start:stop] @ k.transpose(-2, -1)).to(
+        torch.promote_types(torch.float32, q.dtype)
+    ) * scale
+    if mask is None:
+        return scores
+    return scores + (mask if mask.shape[-2] == 1 else mask[..., start:stop, :])
+
+
+def _forward_blocks(q, k, v, attn_mask, is_causal, scale):
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    mask = _additive(attn_mask, q, k, is_causal, merge_causal=True)
+    blocks = _blocks(q, k)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(torch.float32, q.dtype))
+    for start in blocks:
+        stop = min(start + blocks.step, q.shape[2])
+        scores = _block_scores(q, k, mask, start, stop, scale)
+        lse[:, :, start:stop] = torch.logsumexp(scores, dim=-1)
+        out[:, :, start:stop] = torch.softmax(scores, dim=-1).nan_to_num_().to(v.dtype) @ v
+    return out, lse
+
+
+def _backward_blocks(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    mask = _additive(attn_mask, q, k, is_causal, merge_causal=True)
+    lse = lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)
+    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1, keepdim=True)
+    grad_q = torch.empty_like(q)
+    grad_k, grad_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
+    blocks = _blocks(q, k)
+    for start in blocks:
+        stop = min(start + blocks.step, q.shape[2])
+        rows = slice(start, stop)
+        p = torch.exp(_block_scores(q, k, mask, start, stop, scale) - lse[:, :, rows])
+        grad_v += p.to(q.dtype).transpose(-2, -1) @ grad_out[:, :, rows]
+        grad_p = (grad_out[:, :, rows] @ v.transpose(-2, -1)).to(lse.dtype)
+        grad_s = (p * (grad_p - delta[:, :, rows]) * scale).to(q.dtype)
+        grad_q[:, :, rows] = grad_s @ k
+        grad_k += grad_s.transpose(-2, -1) @ q[:, :, rows]
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+IMPLEMENTATION = Implementation(forward=_forward, backward=_backward)

@@ -1,0 +1,184 @@
+"""Group norm through PyTorch's own kernel, `native_group_norm`.
+
+Scale and shift differ from sample to sample, so with A = weight * (1 + scale), B = bias * (1 + scale) + shift, (N, C),
+the kernel runs with A and B as the affine part: at once over a contiguous tensor read as one sample of N * C channels in
+N * num_groups groups, else sample by sample.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastldm.implementation import Implementation, in_layout_of
+
+_norm = torch.ops.aten.native_group_norm.default
+_norm_backward = torch.ops.aten.native_group_norm_backward.default
+_silu_backward = torch.ops.aten.silu_backward.default
+
+# The CPU kernel takes the variance of channels-last tensors as E[x^2] - E[x]^2, which loses log2(mean^2 / variance)
+# bits of 24. Past 4 bits the statistics are taken again in two passes.
+_MAX_CANCELLATION = 16.0
+
+
+def _stats_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _affine(x, weight, bias, scale, shift) -> tuple[Tensor | None, Tensor | None]:
+    """A and B: (C,) without scale and shift, else (N, C). float32 beside a smaller x on the CPU makes the kernel keep
+    its statistics in float32."""
+    dtype = _stats_dtype(x)
+    if scale is None and shift is None:
+        # A float32 weight where there is none, only to have float32 statistics.
+        if weight is None and x.dtype != dtype:
+            weight = x.new_ones(x.shape[1], dtype=dtype)
+        return tuple(p if p is None else p.to(dtype) for p in (weight, bias))
+    gain = (
+        1.0 + scale.to(_stats_dtype(x))
+        if scale is not None
+        else x.new_ones(x.shape[:2], dtype=_stats_dtype(x))
+    )
+    a = gain if weight is None else gain * weight
+    b = 0.0 if bias is None else gain * bias
+    b = b + shift if shift is not None else (b if bias is not None else torch.zeros_like(gain))
+    return a.to(dtype), b.to(dtype)
+
+
+def _input(x: Tensor, channel_bias: Tensor | None) -> Tensor:
+    """x + channel_bias in a dtype and a layout that the kernel knows."""
+    if channel_bias is not None:
+        x = in_layout_of(x + channel_bias.to(x.dtype).reshape(*x.shape[:2], *(1,) * (x.dim() - 2)), x)
+    if x.device.type != "cpu":
+        # Outside the CPU the kernel keeps its statistics in the dtype of x and knows one layout.
+        return x.to(_stats_dtype(x)).contiguous()
+    return x.contiguous(memory_format=_memory_format(x))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == dims and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous():
+            return memory_format
+    return torch.contiguous_format
+
+
+def _call(
+    x: Tensor, a: Tensor | None, b: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels = x.shape[:2]
+    return _norm(x, a, b, batch, channels, x.numel() // (batch * channels), groups, eps)
+
+
+def _normalize(x: Tensor, a: Tensor | None, b: Tensor | None, groups: int, eps: float):
+    """GN with affine part a, b ((C,) or (N, C)) over a dense x: y, mean (N, G), rstd (N, G)."""
+    batch = x.shape[0]
+    if a is None or a.dim() == 1:
+        y, mean, rstd = _call(x, a, b, groups, eps)
+    elif x.is_contiguous():
+        y, mean, rstd = _call(_one_sample(x), a.flatten(), b.flatten(), batch * groups, eps)
+        y = y.view(x.shape)
+    else:
+        y = torch.empty_like(x)
+        stats = []
+        for n in range(batch):
+            part, *stat = _call(x[n : n + 1], a[n], b[n], groups, eps)
+            y[n : n + 1] = part
+            stats.append(stat)
+        mean, rstd = (torch.cat(s) for s in zip(*stats))
+    mean, rstd = (s.to(_stats_dtype(x)).view(batch, groups) for s in (mean, rstd))
+    if (
+        x.device.type == "cpu"
+        and not x.is_contiguous()
+        and not (mean * rstd).square().max() <= _MAX_CANCELLATION
+    ):
+        return _normalize_twopass(x, a, b, groups, eps)
+    return y, mean, rstd
+
+
+def _one_sample(x: Tensor) -> Tensor:
+    return x.view(1, x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _normalize_twopass(x: Tensor, a: Tensor | None, b: Tensor | None, groups: int, eps: float):
+    """The contiguous kernel, which uses Welford's method, on a copy; the result in the layout of x."""
+    y, mean, rstd = _normalize(x.contiguous(), a, b, groups, eps)
+    return in_layout_of(y, x), mean, rstd
+
+
+def _forward(x, num_groups, weight, bias, eps, activation, channel_bias, scale, shift):
+    a, b = _affine(x, weight, bias, scale, shift)
+    y, mean, rstd = _normalize(_input(x, channel_bias), a, b, num_groups, eps)
+    if activation == "silu":
+        F.silu(y, inplace=True)
+    return in_layout_of(y.to(x.dtype), x), mean, rstd
+
+
+def _normalize_backward(grad, x, mean, rstd, a, groups, mask):
+    """dx, dA, dB of `_normalize`; dA and dB have the shape of a (None: (C,))."""
+    batch, channels = x.shape[:2]
+    length = x.numel() // (batch * channels)
+    if a is None or a.dim() == 1:
+        return _norm_backward(grad, x, mean, rstd, a, batch, channels, length, groups, mask)
+    if x.is_contiguous():
+        dx, da, db = _norm_backward(
+            _one_sample(grad),
+            _one_sample(x),
+            mean.view(1, -1),
+            rstd.view(1, -1),
+            a.flatten(),
+            1,
+            batch * channels,
+            length,
+            batch * groups,
+            mask,
+        )
+        return dx.view(x.shape), da.view(a.shape), db.view(a.shape)
+    dx, das, dbs = torch.empty_like(x), [], []
+    for n in range(batch):
+        one = slice(n, n + 1)
+        dx[one], da, db = _norm_backward(
+            grad[one], x[one], mean[one], rstd[one], a[n], 1, channels, length, groups, mask
+        )
+        das.append(da)
+        dbs.append(db)
+    return dx, torch.stack(das), torch.stack(dbs)
+
+
+def _backward(
+    grad, x, mean, rstd, num_groups, weight, bias, eps, activation, channel_bias, scale, shift, needed
+):
+    a, b = _affine(x, weight, bias, scale, shift)
+    work = _input(x, channel_bias)
+    grad = grad.to(work.dtype).contiguous(memory_format=_memory_format(work))
+    if activation == "silu":
+        grad = _silu_backward(grad, _normalize(work, a, b, num_groups, eps)[0])
+    need_x, need_weight, need_bias, need_channel_bias, need_scale, need_shift = needed
+    mask = [need_x or need_channel_bias, need_weight or need_scale, need_bias or need_scale or need_shift]
+    if a is not None and a.dim() == 2:
+        mask = [True, True, True]
+    dx, da, db = _normalize_backward(grad, work, mean, rstd, a, num_groups, mask)
+    results = [x.new_empty(0) for _ in needed]
+    if need_x:
+        results[0] = in_layout_of(dx.to(x.dtype), x)
+    if need_channel_bias:
+        total = dx.flatten(2).sum(dim=2, dtype=mean.dtype) if x.dim() > 2 else dx
+        results[3] = total.to(channel_bias.dtype)
+    if scale is None and shift is None:
+        da_weight, db_bias = da, db
+    else:
+        gain = 1.0 if scale is None else 1.0 + scale.to(mean.dtype)
+        da_weight, db_bias = (gain * da).sum(dim=0), (gain * db).sum(dim=0)
+    if need_weight:
+        results[1] = da_weight.to(weight.dtype)
+    if need_bias:
+        results[2] = db_bias.to(bias.dtype)
+    if need_scale:
+        dscale = da if weight is None else da * weight
+        results[4] = (dscale if bias is None else dscale + db * bias).to(scale.dtype)
+    if need_shift:
+        results[5] = db.to(shift.dtype)
+    return tuple(results)
+
+
+IMPLEMENTATION = Implementation(forward=_forward, backward=_backward)

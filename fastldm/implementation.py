@@ -1,0 +1,42 @@
+"""What a backend hands to the dispatcher, and the one layout rule all of them keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _supports_all(*args) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One operation on one backend.
+
+    `forward` and `supports` take the arguments of the operation, `backward` and `supports_backward` those of its
+    backward operation (schemas: `fastldm/ops`). The `supports` functions return None, or in one line why not;
+    they look at metadata only.
+    """
+
+    forward: Callable
+    backward: Callable | None = None
+    supports: Callable[..., str | None] = _supports_all
+    supports_backward: Callable[..., str | None] = _supports_all
+
+
+def in_layout_of(result: Tensor, like: Tensor) -> Tensor:
+    """`result`, of the shape and dtype of `like`, with the strides of `torch.empty_like(like)`; no copy where they agree."""
+    if result.stride() == like.stride() and like.is_contiguous():
+        return result
+    wanted = torch.empty_like(like, dtype=result.dtype)
+    strides = list(zip(result.shape, result.stride(), wanted.stride()))
+    if all(have == want for _, have, want in strides):
+        return result
+    if all(size == 1 or have == want for size, have, want in strides):
+        # Only dimensions of size 1 differ: the memory is already right.
+        return result.as_strided(wanted.shape, wanted.stride())
+    return wanted.copy_(result)

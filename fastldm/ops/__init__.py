@@ -1,0 +1,10 @@
+"""The public operations. Each is a `torch.library` custom op: works with autograd, autocast and torch.compile."""
+
+from __future__ import annotations
+
+from fastldm.ops.attention import attention
+from fastldm.ops.explain import explain
+from fastldm.ops.group_norm import group_norm
+from fastldm.ops.vq import vq_ema_update, vq_nearest, vq_quantize
+
+__all__ = ["attention", "explain", "group_norm", "vq_ema_update", "vq_nearest", "vq_quantize"]

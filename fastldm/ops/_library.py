@@ -1,0 +1,55 @@
+"""How an operation is registered with PyTorch: schema, kernel, fake, autograd, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("fastldm", "DEF")
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def define(
+    schema: str,
+    kernel: Callable,
+    fake: Callable,
+    *,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    autocast_tensors: int = 0,
+) -> torch._ops.OpOverload:
+    """Registers `fastldm::<schema>` and returns the op.
+
+    Under autocast the first `autocast_tensors` arguments are cast to the autocast dtype (float64 is left alone) and
+    the kernel runs with autocast off, so that PyTorch ops inside a backend do not cast once more.
+    """
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastldm::{name}", fake, lib=_LIBRARY)
+    op = getattr(torch.ops.fastldm, name).default
+
+    def autocast(*args):
+        if autocast_tensors:
+            dtype = torch.get_autocast_dtype(args[0].device.type)
+            cast = (a if a.dtype == torch.float64 else a.to(dtype) for a in args[:autocast_tensors])
+            args = (*cast, *args[autocast_tensors:])
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return op(*args)
+
+    _LIBRARY.impl(name, autocast, "AutocastCPU")
+    _LIBRARY.impl(name, autocast, "AutocastCUDA")
+    torch.library.register_autograd(
+        f"fastldm::{name}", backward or _no_gradient(name), setup_context=setup_context, lib=_LIBRARY
+    )
+    return op
+
+
+def _no_gradient(name: str) -> Callable:
+    def backward(ctx, *grads):
+        raise RuntimeError(f"fastldm::{name} has no gradient: second derivatives are not supported")
+
+    return backward
