@@ -26,15 +26,14 @@ from fastldm.training.datasets.shapes import (
     parse_caption,
 )
 
-# Distances in RGB (0..255) from the background. Objects of the palette lie at 150 or more.
+# Distances in RGB (0..255) from the background. Objects of the palette lie at 170 or more.
 _OBJECT_CONTRAST = 80.0
 _STRAY_CONTRAST = 45.0
 _STRAY_PIXELS = 6
 _SMALLEST_OBJECT = 12
 _LIGHTEST, _MOST_TINTED, _MOST_UNEVEN = 212.0, 24.0, 16.0
 
-# Shades of a palette colour lie within 10 of it once brightness is divided out; the closest two names are 100
-# apart.
+# With brightness divided out, a rendered colour lies within 9 of its own name and at 64 or more from others.
 _SHADES = (0.82, 1.14)
 _COLOUR_BOUND, _COLOUR_MARGIN = 40.0, 25.0
 _RESIDUAL_BOUND, _RESIDUAL_SHARE = 55.0, 0.1
