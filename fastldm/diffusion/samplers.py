@@ -75,7 +75,8 @@ def ddim_step(
     x0 = _bound(to_x0(model_output, x, alpha_bar, schedule.prediction_type), schedule)
     eps = to_eps(model_output, x, alpha_bar, schedule.prediction_type)
     sigma = eta * ((1 - prev_alpha_bar) / (1 - alpha_bar) * (1 - alpha_bar / prev_alpha_bar)) ** 0.5
-    prev = prev_alpha_bar**0.5 * x0 + (1 - prev_alpha_bar - sigma**2) ** 0.5 * eps
+    # At zero SNR and eta 1 the difference is 0, which rounding can make negative.
+    prev = prev_alpha_bar**0.5 * x0 + (1 - prev_alpha_bar - sigma**2).clamp(min=0) ** 0.5 * eps
     if eta > 0:
         prev = prev + sigma * noise
     return SamplerStep(prev, x0)
