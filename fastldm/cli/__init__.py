@@ -1,0 +1,82 @@
+"""The command line: `fastldm sample | train | evaluate | env`.
+
+One file per subcommand, with `add_arguments(parser)` and `run(arguments)`. They import torch inside `run`, so that
+`fastldm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fastldm._version import __version__
+from fastldm.errors import FastLDMError
+
+_COMMANDS = {
+    "sample": "draw pictures from captions",
+    "train": "train a first stage (vq) or a latent diffusion model (ldm)",
+    "evaluate": "measure how well pictures match captions of the built-in shapes",
+    "env": "show versions, devices and which backends are live",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, and suggestions for flags and names that are close to known ones."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        known: list[str] = []
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        word = unknown[1].split("=")[0] if unknown else choice[1] if choice else ""
+        if choice:
+            known = re.findall(r"[\w-]+", choice[2])
+        close = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(close)}?" if close else f"; see {self.prog} --help"
+        print(f"fastldm: error: {' '.join(message.split())}{hint}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for anything the user can put right, 130 after Ctrl-C."""
+    parser = _Parser(prog="fastldm", description="Latent diffusion on fused kernels.")
+    parser.add_argument("--version", action="version", version=f"fastldm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in _COMMANDS.items():
+        module = importlib.import_module(f"fastldm.cli.{name}")
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, parser=command)
+
+    parsed, rest = parser.parse_known_args(arguments)
+    if hasattr(parsed, "overrides"):
+        # argparse ends a list of positionals at the first flag, so `train vq --config X key=value` leaves some over.
+        parsed.overrides += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parsed.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    warnings.showwarning = _show_warning
+    try:
+        parsed.run(parsed)
+    except KeyboardInterrupt as interrupt:
+        print(f"fastldm: {interrupt or 'interrupted'}", file=sys.stderr)
+        return 130
+    except FastLDMError as error:
+        if os.environ.get("FASTLDM_TRACEBACK") == "1":
+            raise
+        print(f"fastldm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Warnings as one line without the source line that Python adds."""
+    print(f"fastldm: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,0 +1,37 @@
+"""`fastldm train vq|ldm`."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "kind",
+        choices=["vq", "ldm"],
+        help="vq: first stage (VQ-VAE or KL); ldm: latent diffusion on a first stage",
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="NAME|FILE", help="a shipped configuration or a YAML file"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="configuration keys, such as optimizer.lr=3e-4"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from fastldm.training.config import FirstStageConfig, LatentDiffusionConfig, load_config
+    from fastldm.training.extras import require
+
+    for package in ("yaml", "accelerate", "tensorboard"):
+        require(package)
+    cls = FirstStageConfig if arguments.kind == "vq" else LatentDiffusionConfig
+    config = load_config(cls, arguments.config, arguments.overrides)
+    if arguments.kind == "vq":
+        from fastldm.training.first_stage_task import FirstStageTask as Task
+    else:
+        from fastldm.training.latent_diffusion import LatentDiffusionTask as Task
+    from fastldm.training.loop import train
+
+    print(train(config, lambda: Task(config), resume=arguments.resume))

@@ -1,0 +1,72 @@
+"""Tensors to pictures, pictures to captioned grids and PNG files."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw
+
+_INK = (30, 30, 30)
+_PAPER = (255, 255, 255)
+_LINE = 11
+_LETTER = 6
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Float pictures (B, 3, H, W) in [-1, 1] to 8-bit RGB."""
+    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).cpu().contiguous()]
+
+
+def grid(
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    scale: int | None = None,
+) -> Image.Image:
+    """Pictures of one size in rows, each with its caption below, wrapped to the picture's width.
+
+    Args:
+        pictures: at least one.
+        captions: one per picture, or None.
+        columns: pictures per row; None makes the grid about square.
+        scale: integer magnification without smoothing; None = 2 below 128 pixels, else 1.
+    """
+    width, height = pictures[0].size
+    scale = scale or (2 if width < 128 else 1)
+    width, height = width * scale, height * scale
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    texts = [_wrap(text, width // _LETTER) for text in captions] if captions is not None else []
+    band = _LINE * max((len(lines) for lines in texts), default=0) + (4 if texts else 0)
+    gap = 4
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + band + gap) + gap), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for i, picture in enumerate(pictures):
+        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + band + gap)
+        canvas.paste(picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (x, y))
+        for j, line in enumerate(texts[i] if texts else ()):
+            draw.text((x, y + height + 2 + j * _LINE), line, fill=_INK)
+    return canvas
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _wrap(text: str, letters: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if len(joined) <= letters or not lines[-1]:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    return lines

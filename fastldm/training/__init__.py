@@ -1,0 +1,1 @@
+"""Training: configurations, data sets, the two kinds of run (first stage, latent diffusion) and their loop."""

@@ -1,0 +1,354 @@
+"""Training configurations: dataclasses filled from YAML files and `key=value` overrides, every key checked.
+
+`TrainingConfig` holds what every run needs (data, optimiser, loop); `FirstStageConfig` and `LatentDiffusionConfig` add
+the model and the loss. The fields that hold a network's own configuration (`model.config`, `unet`, ...) are plain
+mappings: the network checks them when it is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from fastldm.errors import ConfigError
+from fastldm.training.extras import require
+
+T = TypeVar("T")
+
+
+@dataclass
+class DataConfig:
+    """What to train on: the built-in captioned shapes or a folder of pictures with `metadata.jsonl`."""
+
+    source: Literal["shapes", "image_folder"] = "shapes"
+    path: str | None = None
+    """Folder of pictures (`source: image_folder`)."""
+    size: int = 64
+    """Side of the square training picture in pixels."""
+    length: int = 16384
+    """Number of pictures drawn for `source: shapes`."""
+    kind: Literal["one", "two", "mixed"] = "mixed"
+    """`source: shapes`: one object, two objects with a relation, or both."""
+    random_flip: bool = False
+    """Mirror half of the pictures (`source: image_folder`); wrong for captions that say left or right."""
+    num_workers: int = 0
+    """Processes that read pictures; 0 reads them in the training process."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter, 2019) with linear warmup."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    eps: float = 1e-8
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr: float = 0.0
+    """Learning rate that the cosine reaches at the last step."""
+    max_grad_norm: float | None = 1.0
+    """Norm to which the gradient of all trained parameters together is clipped; null = never."""
+
+
+@dataclass
+class EMAConfig:
+    """Exponential moving average of the trained weights, used for samples and for the export."""
+
+    enabled: bool = True
+    decay: float = 0.9999
+    """Upper bound; at update n the decay is min(decay, (1 + n) / (10 + n))."""
+
+
+@dataclass
+class TrainingConfig:
+    """What every run needs."""
+
+    name: str = "run"
+    output_dir: str = "runs"
+    """The run writes to output_dir/name."""
+    seed: int = 0
+    max_steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Pictures per process and micro-step."""
+    gradient_accumulation_steps: int = 1
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    log_every: int = 50
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; older ones are removed once a newer one is complete."""
+    sample_every: int = 500
+    """Steps between two picture grids; 0 = none."""
+    compile: bool = False
+    """torch.compile the training step."""
+    gradient_checkpointing: bool = False
+    export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+
+
+@dataclass
+class FirstStageModelConfig:
+    kind: Literal["vq", "kl"] = "vq"
+    """`vq`: VQModel, `kl`: AutoencoderKL."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The model's own config.json fields."""
+    ema_codebook_decay: float | None = None
+    """Decay of the EMA codebook (van den Oord et al. 2017, appendix A.1); null = codebook trained by its loss."""
+    revive_below: float = 0.0
+    """EMA codebook: a code with a smaller averaged count per batch moves onto an encoder output; 0 = never."""
+
+
+@dataclass
+class FirstStageConfig(TrainingConfig):
+    """`fastldm train vq`: a VQ-VAE or a KL autoencoder on pictures."""
+
+    name: str = "vq"
+    model: FirstStageModelConfig = field(default_factory=FirstStageModelConfig)
+    loss: dict[str, Any] = field(default_factory=dict)
+    """Arguments of fastldm.training.first_stage.FirstStageLoss."""
+    init_codebook: bool = True
+    """Start every code at an encoder output of the first pictures instead of U(-1/K, 1/K)."""
+
+
+@dataclass
+class FrozenFirstStageConfig:
+    path: str = ""
+    """Folder of a trained VQModel or AutoencoderKL (the `model` folder of a `train vq` run)."""
+    scaling_factor: float | Literal["std"] = "std"
+    """Multiplies the latents; "std" = 1 / standard deviation of the first batch (Rombach et al. 2022, G.1)."""
+
+
+@dataclass
+class ConditionerConfig:
+    """tau_theta: what turns a condition into cross-attention tokens or extra input channels."""
+
+    kind: Literal["text", "class", "image"] = "text"
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the text encoder (LDMBertModel), or arguments of ClassConditioner or SpatialConditioner."""
+    tokenizer: str | None = None
+    """Text: a tokenizer folder or file; null = a word-level one made from the captions of the data."""
+    max_length: int = 24
+    """Text: tokens per caption of a tokenizer made from the captions."""
+
+
+@dataclass
+class SamplingConfig:
+    """How the pictures during training are made; stored in the export as the model's defaults."""
+
+    prompts: list[str] = field(default_factory=list)
+    """Captions (text) or labels (class); empty = the first conditions of the data."""
+    num_images: int = 8
+    """Pictures when `prompts` is empty."""
+    num_inference_steps: int = 50
+    guidance_scale: float = 3.0
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+
+
+@dataclass
+class LatentDiffusionConfig(TrainingConfig):
+    """`fastldm train ldm`: the denoiser and tau_theta, jointly, on the latents of a frozen first stage."""
+
+    name: str = "ldm"
+    first_stage: FrozenFirstStageConfig = field(default_factory=FrozenFirstStageConfig)
+    conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)
+    unet: dict[str, Any] = field(default_factory=dict)
+    """config.json fields of UNet2DConditionModel."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """Fields of scheduler_config.json: beta_schedule, beta_start, beta_end, num_train_timesteps, ..."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    condition_dropout: float = 0.1
+    """Probability with which a sample is trained on the null condition (classifier-free guidance)."""
+    snr_gamma: float | None = None
+    """Min-SNR loss weighting (Hang et al. 2023) with this gamma; null = plain mean squared error."""
+    cache_latents: bool = False
+    """Encode the data once before training. Same training as encoding each batch, but without picture augmentation."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+def shipped_configs() -> list[str]:
+    """Names accepted by `load_config` besides paths."""
+    folder = resources.files("fastldm") / "configs"
+    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(cls: type[T], source: str | Path | Mapping, overrides: Sequence[str] = ()) -> T:
+    """Fill `cls` from a YAML file, the name of a shipped configuration, or a mapping.
+
+    Args:
+        cls: FirstStageConfig or LatentDiffusionConfig.
+        source: path of a YAML file, a name of `shipped_configs()`, or a mapping.
+        overrides: "dotted.key=value" strings; the value is read as YAML ("optimizer.lr=3e-4", "ema.enabled=false").
+
+    Raises:
+        ConfigError: no such file, YAML that does not parse, unknown key, value of the wrong type.
+    """
+    values = source if isinstance(source, Mapping) else _read_yaml(str(source))
+    values = _plain(values)
+    for override in overrides:
+        _override(values, override)
+    return from_mapping(cls, values)
+
+
+def from_mapping(cls: type[T], values: Mapping, where: str = "") -> T:
+    """Fill the dataclass `cls`; nested dataclasses from nested mappings."""
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError(_unknown_key(f"{where}{key}", str(key), hints))
+        arguments[key] = _convert(value, hints[key], f"{where}{key}")
+    return cls(**arguments)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Nested plain dictionary of a configuration, the inverse of `from_mapping`."""
+    return _plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    yaml = require("yaml")
+    return yaml.safe_dump(to_mapping(config), sort_keys=False)
+
+
+def differing_keys(one: Mapping, other: Mapping, where: str = "") -> list[str]:
+    """Dotted names of the leaves in which two plain configurations differ."""
+    names = []
+    for key in sorted({*one, *other}):
+        left, right = one.get(key), other.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            names += differing_keys(left, right, f"{where}{key}.")
+        elif left != right:
+            names.append(f"{where}{key}")
+    return names
+
+
+def checked_arguments(function: Any, arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The mapping as keyword arguments of `function`; ConfigError for a key that it does not take."""
+    known = inspect.signature(function).parameters
+    for key in arguments:
+        if key not in known:
+            raise ConfigError(_unknown_key(f"{where}.{key}", str(key), known))
+    return dict(arguments)
+
+
+def _read_yaml(source: str) -> dict:
+    yaml = require("yaml")
+    if source in shipped_configs():
+        text = (resources.files("fastldm") / "configs" / f"{source}.yaml").read_text("utf-8")
+    else:
+        try:
+            text = Path(source).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            names = ", ".join(shipped_configs())
+            raise ConfigError(
+                f"cannot read the configuration {source!r}: {reason}; give a YAML file or one of {names}"
+            ) from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the configuration {source!r} is not valid YAML: {reason}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"the configuration {source!r} holds a {type(values).__name__}, not keys with values"
+        )
+    return values
+
+
+def _override(values: dict, override: str) -> None:
+    yaml = require("yaml")
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(
+            f"cannot read the override {override!r}; write key=value, for example optimizer.lr=3e-4"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value in the override {override!r} is not valid YAML") from error
+    *parents, last = name.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"cannot set {name!r}: {parent!r} has no keys of its own")
+    values[last] = value
+
+
+def _unknown_key(name: str, key: str, known: Mapping) -> str:
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"accepted here: {', '.join(sorted(known))}"
+    return f"unknown configuration key {name!r}; {hint}"
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"configuration key {where!r} needs keys of its own, got {value!r}")
+        return from_mapping(hint, value, f"{where}.")
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            try:
+                return _convert(value, option, where)
+            except ConfigError:
+                continue
+    elif origin is Literal:
+        if value is False and "no" in arguments:  # YAML 1.1 reads a bare `no` as false
+            return "no"
+        if value in arguments and not isinstance(value, bool):
+            return value
+    elif origin in (list, tuple):
+        items = arguments[:1] * len(value) if origin is list and isinstance(value, list) else arguments
+        if isinstance(value, (list, tuple)) and len(value) == len(items):
+            return origin(_convert(v, h, f"{where}[{i}]") for i, (v, h) in enumerate(zip(value, items)))
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif hint is float:
+        # YAML 1.1 reads 1e-4 (no dot) as text.
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif (hint is type(None) and value is None) or (hint is not type(None) and type(value) is hint):
+        return value
+    raise ConfigError(f"configuration key {where!r} takes {_describe(hint)}, got {value!r}")
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(repr(a) for a in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_describe(a) for a in arguments)
+    if hint is type(None):
+        return "null"
+    if origin is not None:
+        return f"a {origin.__name__} of {', '.join(_describe(a) for a in arguments)}"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _plain(value: Any) -> Any:
+    """Deep copy with dictionaries and lists only, so that YAML writes it and comparisons ignore tuple or list."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

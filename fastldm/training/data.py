@@ -1,0 +1,83 @@
+"""Which picture comes when: an endless stream of batches that is a function of the seed and the position alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from fastldm.errors import ConfigError
+from fastldm.training.config import DataConfig
+from fastldm.training.datasets import CaptionedShapes
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed from several integers, such as (seed, step, micro-step, process)."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class StreamSampler(Sampler[list[int]]):
+    """Batches of an endless walk through shuffled epochs, from any position on.
+
+    The walk is one permutation of the data set per epoch, each drawn from (seed, epoch). Micro-step m takes the next
+    `batch_size * processes` entries of the walk, of which process r gets the r-th run of `batch_size`. A batch may
+    span two epochs, so no picture is left out.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, *, seed: int, process: int = 0, processes: int = 1, start: int = 0
+    ) -> None:
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.process = process
+        self.processes = processes
+        self.start = start
+
+    def batch(self, micro_step: int) -> list[int]:
+        first = (micro_step * self.processes + self.process) * self.batch_size
+        positions = range(first, first + self.batch_size)
+        return [int(self._permutation(p // self.length)[p % self.length]) for p in positions]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        micro_step = self.start
+        while True:
+            yield self.batch(micro_step)
+            micro_step += 1
+
+    def _permutation(self, epoch: int) -> torch.Tensor:
+        return _permutation(self.length, self.seed, epoch)
+
+
+@lru_cache(maxsize=2)
+def _permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(length, generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
+
+
+def batches(dataset: Dataset, sampler: StreamSampler, *, num_workers: int = 0) -> Iterator[dict]:
+    """Collated batches in the sampler's order: tensors stacked, captions as lists of str."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=default_collate,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
+
+
+def build_dataset(data: DataConfig, seed: int) -> Dataset:
+    """The data set of a configuration; items are {"image": (3, size, size) in [-1, 1], "caption", "label"}."""
+    if data.source == "shapes":
+        return CaptionedShapes("train", data.kind, data.size, data.length, seed)
+    if data.path is None:
+        raise ConfigError(
+            "data.source=image_folder needs data.path, a folder of pictures with metadata.jsonl"
+        )
+    from fastldm.training.datasets import ImageFolder
+
+    return ImageFolder(data.path, data.size, random_flip=data.random_flip)

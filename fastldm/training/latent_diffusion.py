@@ -1,0 +1,320 @@
+"""Training latent diffusion (Rombach et al. 2022), the three steps of each batch:
+
+1. the frozen first stage encodes the pictures x to latents z, which are scaled to about unit variance;
+2. tau_theta encodes the condition y, which is the null condition with probability p (classifier-free guidance);
+3. the UNet predicts the noise (or x0, or v) of z_t at a uniform t, and the mean squared error trains UNet and
+   tau_theta together:  E ||eps - eps_theta(z_t, t, tau_theta(y))||^2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm.auto import tqdm
+
+from fastldm.diffusion import NoiseSchedule, drop_condition
+from fastldm.errors import CheckpointError, ConfigError
+from fastldm.models.autoencoder_kl import AutoencoderKL, DiagonalGaussianDistribution
+from fastldm.models.conditioners import ClassConditioner, SpatialConditioner, TextConditioner, predict
+from fastldm.models.text_transformer import LDMBertModel
+from fastldm.models.tokenizer import Tokenizer
+from fastldm.models.unet import UNet2DConditionModel
+from fastldm.models.vq_model import VQModel
+from fastldm.pictures import grid
+from fastldm.systems.latent_diffusion import LatentDiffusionPipeline, scale_from_batch
+from fastldm.training.config import LatentDiffusionConfig, checked_arguments
+from fastldm.training.data import build_dataset
+from fastldm.training.datasets.shapes import CaptionedShapes, vocabulary
+
+_ENCODE_BATCH = 64
+
+
+def latent_diffusion_loss(
+    unet: nn.Module,
+    conditioner: nn.Module,
+    schedule: NoiseSchedule,
+    latents: Tensor,
+    condition: Tensor,
+    *,
+    generator: torch.Generator,
+    condition_dropout: float = 0.1,
+    snr_gamma: float | None = None,
+) -> Tensor:
+    """Steps 2 and 3 for one batch: the loss, a float32 scalar.
+
+    Args:
+        unet: the denoiser.
+        conditioner: tau_theta.
+        schedule: noise schedule; its prediction_type says what the UNet predicts.
+        latents: scaled z (B, C, h, w), float32.
+        condition: prepared conditions (B, ...), see the conditioner's `prepare`.
+        generator: on the latents' device; draws t, the noise and the dropped conditions.
+        condition_dropout: probability p of the null condition, per sample.
+        snr_gamma: gamma of the Min-SNR weights (Hang et al. 2023), or None.
+    """
+    timesteps = torch.randint(
+        schedule.num_train_timesteps, (len(latents),), generator=generator, device=latents.device
+    )
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+    condition = drop_condition(condition, conditioner.null_like(condition), condition_dropout, generator)
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    predicted = predict(unet, noisy, timesteps, *conditioner(condition))
+    target = schedule.training_target(latents, noise, timesteps)
+    # Under autocast the prediction is a half: the squares are summed in float32.
+    loss = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is not None:
+        loss = loss * _min_snr_weights(schedule, timesteps, snr_gamma)
+    return loss.mean()
+
+
+def _min_snr_weights(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Tensor:
+    """Weights (B,) that make the loss min(SNR, gamma) ||x0 - x0_hat||^2 for every prediction type."""
+    alpha_bar = schedule.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alpha_bar / (1 - alpha_bar)
+    weights = snr.clamp(max=gamma)
+    if schedule.prediction_type == "epsilon":
+        return weights / snr.clamp(min=1e-8)
+    if schedule.prediction_type == "v_prediction":
+        return weights / (snr + 1)
+    return weights
+
+
+class LatentDiffusionModule(nn.Module):
+    """All that latent diffusion trains: the denoiser and tau_theta."""
+
+    def __init__(
+        self, unet: nn.Module, conditioner: nn.Module, schedule: NoiseSchedule, config: LatentDiffusionConfig
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.conditioner = conditioner
+        self.schedule = schedule
+        self.condition_dropout = config.condition_dropout
+        self.snr_gamma = config.snr_gamma
+
+    def forward(
+        self, batch: dict, *, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = latent_diffusion_loss(
+            self.unet,
+            self.conditioner,
+            self.schedule,
+            batch["latents"],
+            batch["condition"],
+            generator=generator,
+            condition_dropout=self.condition_dropout,
+            snr_gamma=self.snr_gamma,
+        )
+        return loss, {}
+
+
+class CachedLatents(Dataset):
+    """Moments of the latents (N, C', h, w) and prepared conditions (N, ...), encoded once."""
+
+    def __init__(self, moments: Tensor, conditions: Tensor) -> None:
+        self.moments = moments
+        self.conditions = conditions
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"moments": self.moments[index], "condition": self.conditions[index]}
+
+
+class LatentDiffusionTask:
+    """See fastldm.training.loop.Task."""
+
+    def __init__(self, config: LatentDiffusionConfig) -> None:
+        self.config = config
+        self.pictures = build_dataset(config.data, config.seed)
+        self.first_stage = load_first_stage(config.first_stage.path)
+        self.schedule = NoiseSchedule.from_config(
+            {"clip_sample": False, **config.schedule, "prediction_type": config.prediction_type}
+        )
+        conditioner = build_conditioner(config, self.pictures)
+        unet = build_unet(config, self.first_stage, conditioner)
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.module = LatentDiffusionModule(unet, conditioner, self.schedule, config)
+        self.averaged = self.module
+        self.every_step_trains_all = True
+        self.scaling_factor: float | None = None
+        self.dataset: Any = self.pictures
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        self.first_stage.to(device)
+        if self.config.cache_latents:
+            self.dataset = self._encode_all()
+
+    def start(self, batch: dict) -> None:
+        scaling = self.config.first_stage.scaling_factor
+        if scaling == "std":
+            generator = torch.Generator(self.device).manual_seed(self.config.seed)
+            scaling = scale_from_batch(self._latents(batch, generator))
+        self.scaling_factor = scaling
+
+    def state(self) -> dict[str, Any]:
+        return {"scaling_factor": self.scaling_factor}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.scaling_factor = state["scaling_factor"]
+
+    def prepare(self, batch: dict, generator: torch.Generator) -> dict:
+        if "condition" in batch:
+            condition = batch["condition"]
+        else:
+            condition = self.module.conditioner.prepare(self._raw(batch))
+        return {
+            "latents": self._latents(batch, generator) * self.scaling_factor,
+            "condition": condition.to(self.device),
+        }
+
+    def picture(self, seed: int) -> Image.Image:
+        sampling = self.config.sampling
+        if sampling.prompts:
+            raw, captions = self._raw_prompts(), [str(prompt) for prompt in sampling.prompts]
+        else:
+            items = [self.pictures[i] for i in range(min(sampling.num_images, len(self.pictures)))]
+            raw = self._raw(default_collate(items))
+            captions = [str(item["caption"]) for item in items]
+        images = self.pipeline()(
+            raw,
+            generator=torch.Generator().manual_seed(seed),
+            progress=False,
+        ).images
+        return grid(images, captions, columns=4)
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        self.pipeline().save_pretrained(folder, dtype=dtype)
+
+    def pipeline(self) -> LatentDiffusionPipeline:
+        """The trained parts and the first stage as a pipeline; they are shared, not copied."""
+        sampling = self.config.sampling
+        return LatentDiffusionPipeline(
+            self.first_stage,
+            self.module.conditioner,
+            self.module.unet,
+            self.schedule,
+            self.scaling_factor,
+            sampler=sampling.sampler,
+            defaults={
+                "num_inference_steps": sampling.num_inference_steps,
+                "guidance_scale": sampling.guidance_scale,
+            },
+        )
+
+    def _raw(self, batch: dict) -> Any:
+        """The part of a batch that the conditioner's `prepare` takes."""
+        kind = self.config.conditioner.kind
+        return batch[{"text": "caption", "class": "label", "image": "image"}[kind]]
+
+    def _raw_prompts(self) -> Any:
+        kind, prompts = self.config.conditioner.kind, self.config.sampling.prompts
+        if kind == "image":
+            raise ConfigError("sampling.prompts has no meaning for conditioner.kind=image; leave it empty")
+        return prompts
+
+    @torch.no_grad()
+    def _moments(self, images: Tensor) -> Tensor:
+        """What the first stage says of the latents: z itself (VQ), or mean and log-variance (KL)."""
+        encoded = self.first_stage.encode(images)
+        return encoded.latents if isinstance(self.first_stage, VQModel) else encoded.latent_dist.parameters
+
+    def _latents(self, batch: dict, generator: torch.Generator) -> Tensor:
+        """Unscaled latents of a batch, from its pictures or from the cache."""
+        moments = batch["moments"] if "moments" in batch else self._moments(batch["image"])
+        if isinstance(self.first_stage, VQModel):
+            return moments
+        return DiagonalGaussianDistribution(moments).sample(generator)
+
+    def _encode_all(self) -> CachedLatents:
+        """Pass the data through the first stage once. A KL stage's moments are kept, so z is drawn afresh each time."""
+        loader = DataLoader(self.pictures, batch_size=_ENCODE_BATCH, num_workers=self.config.data.num_workers)
+        moments, conditions = [], []
+        for batch in tqdm(loader, desc="encode", unit="batch", disable=None, leave=False):
+            moments.append(self._moments(batch["image"].to(self.device)).cpu())
+            conditions.append(self.module.conditioner.prepare(self._raw(batch)))
+        return CachedLatents(torch.cat(moments), torch.cat(conditions))
+
+
+def load_first_stage(path: str) -> VQModel | AutoencoderKL:
+    """A trained first stage, frozen: in evaluation mode, without gradients.
+
+    Raises:
+        ConfigError: no path, or the folder holds another kind of model.
+        CheckpointError: nothing can be read there.
+    """
+    if not path:
+        raise ConfigError(
+            "first_stage.path is not set; give the `model` folder that `fastldm train vq` exported"
+        )
+    try:
+        name = json.loads((Path(path) / "config.json").read_text("utf-8")).get("_class_name")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read the first stage {path}/config.json: {error}; train one with `fastldm train vq`"
+        ) from error
+    classes = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
+    if name not in classes:
+        raise ConfigError(f"first_stage.path={path} holds a {name}; give a VQModel or an AutoencoderKL")
+    return classes[name].from_pretrained(path).requires_grad_(False).eval()
+
+
+def build_conditioner(config: LatentDiffusionConfig, pictures: Any) -> nn.Module:
+    """tau_theta of a configuration, with fresh weights."""
+    settings = config.conditioner
+    if settings.kind == "class":
+        return ClassConditioner(**checked_arguments(ClassConditioner, settings.config, "conditioner.config"))
+    if settings.kind == "image":
+        return SpatialConditioner(
+            **checked_arguments(SpatialConditioner, settings.config, "conditioner.config")
+        )
+    if settings.tokenizer is not None:
+        tokenizer = Tokenizer.from_pretrained(settings.tokenizer)
+    else:
+        tokenizer = Tokenizer.from_captions(captions_of(pictures), settings.max_length)
+    text_encoder = LDMBertModel.from_config(
+        {
+            "vocab_size": tokenizer.vocab_size,
+            "max_position_embeddings": tokenizer.max_length,
+            **settings.config,
+        }
+    )
+    return TextConditioner(text_encoder, tokenizer)
+
+
+def build_unet(
+    config: LatentDiffusionConfig, first_stage: VQModel | AutoencoderKL, conditioner: nn.Module
+) -> UNet2DConditionModel:
+    """The denoiser, with the channels that first stage and conditioner give unless the configuration sets them."""
+    stage = first_stage.config
+    channels = (
+        stage.vq_embed_dim or stage.latent_channels
+        if isinstance(first_stage, VQModel)
+        else stage.latent_channels
+    )
+    derived = {
+        "sample_size": config.data.size // 2 ** (len(stage.block_out_channels) - 1),
+        "in_channels": channels + conditioner.concat_channels,
+        "out_channels": channels,
+    }
+    if conditioner.context_dim is not None:
+        derived["cross_attention_dim"] = conditioner.context_dim
+    return UNet2DConditionModel.from_config({**derived, **config.unet})
+
+
+def captions_of(pictures: Any) -> Sequence[str]:
+    """Captions that between them hold every word of a data set."""
+    if isinstance(pictures, CaptionedShapes):
+        return [" ".join(vocabulary())]
+    return pictures.captions

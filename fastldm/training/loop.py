@@ -1,0 +1,409 @@
+"""The training loop, one for first stages and for latent diffusion.
+
+A `Task` says what is trained, on what, and how it is drawn and exported; the loop does the rest: devices, mixed
+precision, gradient accumulation and processes (accelerate), learning rate, EMA, logs, pictures, checkpoints.
+
+Every random number is a function of (seed, step, micro-step, process) and nothing is carried from step to step but
+what a checkpoint holds, so a run that is killed and resumed ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from fastldm import io
+from fastldm.errors import CheckpointError, ConfigError, TrainingError
+from fastldm.pictures import png_bytes
+from fastldm.training.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from fastldm.training.config import TrainingConfig, differing_keys, to_mapping, to_yaml
+from fastldm.training.data import StreamSampler, batches, derive_seed
+from fastldm.training.ema import EMA
+from fastldm.training.extras import require
+
+# Keys that may change between the start of a run and its resumption: they do not touch what a finished step computed.
+_FREE_ON_RESUME = {
+    "output_dir",
+    "name",
+    "max_steps",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sample_every",
+    "export_dtype",
+    "data.num_workers",
+}
+
+
+class Task(Protocol):
+    """What the loop trains."""
+
+    module: nn.Module
+    """All that is trained; forward(batch, step=..., generator=...) returns the loss (scalar float32) and a dict of
+    scalars to log. Frozen networks are not part of it."""
+    averaged: nn.Module
+    """The part of `module` that is averaged (EMA), drawn and exported."""
+    dataset: Any
+    """Map-style data set of dictionaries."""
+    every_step_trains_all: bool
+    """Whether each step gives every trained parameter a gradient; if not, processes must look for those without."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the frozen networks (the loop moves `module`)."""
+
+    def start(self, batch: dict) -> None:
+        """Measure on the first batch what a fresh run needs (latent scaling, codebook)."""
+
+    def state(self) -> dict[str, Any]:
+        """What `start` measured, as JSON values."""
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def prepare(self, batch: dict, generator: torch.Generator) -> dict:
+        """What frozen networks do to a batch before `module` gets it."""
+
+    def picture(self, seed: int) -> Any:
+        """A PIL picture of what the module makes now."""
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write the folder that from_pretrained loads."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during training; the message says where the run can be resumed."""
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Learning rate of optimiser step `step` (from 0): linear warmup, then constant or a half cosine to final_lr."""
+    optimizer = config.optimizer
+    if step < optimizer.warmup_steps:
+        return optimizer.lr * (step + 1) / optimizer.warmup_steps
+    if optimizer.schedule == "constant":
+        return optimizer.lr
+    progress = (step - optimizer.warmup_steps) / max(1, config.max_steps - optimizer.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return optimizer.final_lr + (optimizer.lr - optimizer.final_lr) * cosine
+
+
+def train(
+    config: TrainingConfig, build_task: Callable[[], Task], *, resume: bool = False, progress: bool = True
+) -> Path:
+    """Train to `config.max_steps` and export.
+
+    Args:
+        config: the run; it writes to config.output_dir/config.name.
+        build_task: makes the task; called once, after the random seed is set.
+        resume: go on from the newest checkpoint of the run, if there is one.
+        progress: show a progress bar (terminals) or one line per `log_every` (elsewhere).
+
+    Returns:
+        The exported folder, output_dir/name/model.
+
+    Raises:
+        ConfigError: the run exists and `resume` is not set, or its configuration differs.
+        CheckpointError: a checkpoint cannot be written or read.
+        TrainingError: the loss is not finite.
+        TrainingInterrupted: Ctrl-C; a checkpoint of the last finished step is written first.
+    """
+    return _Run(config, build_task, resume=resume, progress=progress).run()
+
+
+class _Run:
+    def __init__(
+        self, config: TrainingConfig, build_task: Callable[[], Task], *, resume: bool, progress: bool
+    ) -> None:
+        self.config = config
+        self.folder = Path(config.output_dir) / config.name
+        self.checkpoints = self.folder / "checkpoints"
+        accelerate = require("accelerate")
+        if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise ConfigError("mixed_precision=fp16 needs a GPU; use bf16 or no")
+        self.accelerator = accelerate.Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+        )
+        self.main = self.accelerator.is_main_process
+        self.progress = progress and self.main
+        latest = self._latest(resume)
+
+        torch.manual_seed(config.seed)
+        self.task = build_task()
+        if not self.task.every_step_trains_all:
+            self.accelerator.ddp_handler = accelerate.DistributedDataParallelKwargs(
+                find_unused_parameters=True
+            )
+        self.module = self.task.module
+        self.task.to(self.accelerator.device)
+        self.module.to(self.accelerator.device)
+        self.step = 0
+        if latest is None:
+            # Every process measures on the first batch of process 0, so all of them start alike.
+            self.task.start(self._to_device(next(self._batches(process=0))))
+        checkpoint = None if latest is None else self._restore_task(latest)
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        self.ema = EMA(self.task.averaged, config.ema.decay) if config.ema.enabled else None
+        if checkpoint is not None:
+            self._restore_rest(checkpoint, optimizer)
+        forward = torch.compile(self.module) if config.compile else self.module
+        self.forward, self.optimizer = self.accelerator.prepare(forward, optimizer)
+        if checkpoint is not None and checkpoint.scaler and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(checkpoint.scaler)
+        self.pending: list[tuple[int, dict[str, torch.Tensor]]] = []
+
+    def run(self) -> Path:
+        config = self.config
+        self._write_config()
+        stop = threading.Event()
+        bar = tqdm(
+            total=config.max_steps,
+            initial=self.step,
+            desc=config.name,
+            unit="step",
+            disable=None if self.progress else True,
+        )
+        with bar, self._writer() as writer, _on_interrupt(stop):
+            stream = self._batches(start=self.step)
+            while self.step < config.max_steps:
+                self._one_step(stream)
+                bar.update()
+                last = self.step == config.max_steps
+                interrupted = self._anywhere(stop.is_set())
+                save = last or interrupted or self.step % config.checkpoint_every == 0
+                if save or self.step % config.log_every == 0:
+                    self._log(writer, bar)
+                if save:
+                    self._save()
+                if interrupted and not last:
+                    raise TrainingInterrupted(
+                        f"stopped at step {self.step}; the checkpoint is in {self.checkpoints}, go on with --resume"
+                    )
+                if last or (config.sample_every and self.step % config.sample_every == 0):
+                    self._draw(writer)
+        return self._export()
+
+    def _one_step(self, stream: Iterator[dict]) -> None:
+        config, accelerator = self.config, self.accelerator
+        rate = learning_rate(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.module.train()
+        sums: dict[str, torch.Tensor] = {}
+        for micro in range(config.gradient_accumulation_steps):
+            seed = derive_seed(config.seed, self.step, micro, accelerator.process_index)
+            torch.manual_seed(seed)  # dropout and whatever else draws from the global generator
+            generator = torch.Generator(accelerator.device).manual_seed(seed)
+            batch = self.task.prepare(self._to_device(next(stream)), generator)
+            with accelerator.accumulate(self.forward):
+                loss, logs = self.forward(batch, step=self.step, generator=generator)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and config.optimizer.max_grad_norm is not None:
+                    logs["grad_norm"] = accelerator.clip_grad_norm_(
+                        self.parameters, config.optimizer.max_grad_norm
+                    )
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for key, value in {"loss": loss, **logs}.items():
+                sums[key] = sums.get(key, 0) + value.detach().float()
+        micro_steps = config.gradient_accumulation_steps
+        means = {k: v if k == "grad_norm" else v / micro_steps for k, v in sums.items()}
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.task.averaged)
+        self.pending.append((self.step, means))
+
+    def _log(self, writer: Any, bar: tqdm) -> None:
+        """Average the steps since the last call over steps and processes; stop on a loss that is not finite.
+
+        Losses stay on the device until here, so that no step waits for the device.
+        """
+        if not self.pending:
+            return
+        steps = [step for step, _ in self.pending]
+        keys = list(self.pending[0][1])
+        table = torch.stack([torch.stack([means[key] for key in keys]) for _, means in self.pending])
+        table = self.accelerator.reduce(table, reduction="mean").cpu()
+        self.pending.clear()
+        finite = torch.isfinite(table[:, keys.index("loss")])
+        if not finite.all():
+            self._fail(f"the loss of step {steps[int(finite.int().argmin())]} is not finite")
+        if not self.main:
+            return
+        means = dict(zip(keys, table.mean(dim=0).tolist()))
+        means["lr"] = learning_rate(self.step - 1, self.config)
+        for key, value in means.items():
+            writer.add_scalar(key, value, self.step)
+        bar.set_postfix(loss=f"{means['loss']:.4g}")
+        if self.progress and bar.disable:
+            line = "  ".join(f"{key} {value:.4g}" for key, value in means.items())
+            print(f"step {self.step}/{self.config.max_steps}  {line}", file=sys.stderr, flush=True)
+
+    def _fail(self, what: str) -> None:
+        found = list_checkpoints(self.checkpoints)
+        kept = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        raise TrainingError(f"{what}; {kept}; lower optimizer.lr or use mixed_precision=no")
+
+    def _save(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if not all(bool(torch.isfinite(p).all()) for p in self.parameters):
+            self._fail(f"a weight is not finite after step {self.step}")
+        if self.main:
+            scaler = self.accelerator.scaler
+            checkpoint = Checkpoint(
+                step=self.step,
+                model=self.module.state_dict(),
+                ema=None if self.ema is None else self.ema.state_dict(),
+                ema_updates=0 if self.ema is None else self.ema.updates,
+                optimizer=self.optimizer.state_dict(),
+                scaler=None if scaler is None else scaler.state_dict(),
+                task=self.task.state(),
+                config=to_mapping(self.config),
+            )
+            save_checkpoint(self.checkpoints, checkpoint, keep=self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _draw(self, writer: Any) -> None:
+        if not self.main:
+            return
+        with self._averaged():
+            picture = self.task.picture(self.config.seed)
+        path = self.folder / "samples" / f"step-{self.step:06d}.png"
+        self._write(path, png_bytes(picture))
+        writer.add_image("samples", np.asarray(picture), self.step, dataformats="HWC")
+
+    def _export(self) -> Path:
+        target = self.folder / "model"
+        if self.main:
+            try:
+                with self._averaged(), io.atomic_folder(target) as temporary:
+                    self.task.export(temporary, getattr(torch, self.config.export_dtype))
+            except OSError as error:
+                raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
+        self.accelerator.wait_for_everyone()
+        return target
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Evaluation mode, with the moving average in place of the trained weights."""
+        self.module.eval()
+        with torch.no_grad(), nullcontext() if self.ema is None else self.ema.applied(self.task.averaged):
+            yield
+        self.module.train()
+
+    def _latest(self, resume: bool) -> Path | None:
+        found = list_checkpoints(self.checkpoints)
+        if found and not resume:
+            raise ConfigError(
+                f"{self.folder} already holds a run up to {found[-1].name}; go on with --resume or choose another name"
+            )
+        return found[-1] if found else None
+
+    def _restore_task(self, path: Path) -> Checkpoint:
+        checkpoint = load_checkpoint(path)
+        changed = differing_keys(checkpoint.config, to_mapping(self.config))
+        changed = [key for key in changed if key not in _FREE_ON_RESUME]
+        if changed:
+            raise ConfigError(
+                f"cannot resume {path} with another configuration; these keys differ: {', '.join(changed)}"
+            )
+        load_weights(self.module, checkpoint, path)
+        self.task.load_state(checkpoint.task)
+        self.step = checkpoint.step
+        return checkpoint
+
+    def _restore_rest(self, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.load_state_dict(checkpoint.optimizer)
+        if self.ema is not None and checkpoint.ema is not None:
+            self.ema.load_state_dict(checkpoint.ema, checkpoint.ema_updates)
+
+    def _batches(self, *, start: int = 0, process: int | None = None) -> Iterator[dict]:
+        config = self.config
+        sampler = StreamSampler(
+            len(self.task.dataset),
+            config.batch_size,
+            seed=config.seed,
+            process=self.accelerator.process_index if process is None else process,
+            processes=self.accelerator.num_processes,
+            start=start * config.gradient_accumulation_steps,
+        )
+        return batches(self.task.dataset, sampler, num_workers=config.data.num_workers)
+
+    def _to_device(self, batch: dict) -> dict:
+        device = self.accelerator.device
+        return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether the flag is set in any process: they must stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)).item())
+
+    @contextmanager
+    def _writer(self) -> Iterator[Any]:
+        """TensorBoard writer of the main process. Steps logged after the checkpoint we resume from are dropped."""
+        if not self.main:
+            yield None
+            return
+        require("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            writer = SummaryWriter(str(self.folder / "logs"), purge_step=self.step + 1)
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {self.folder}: {error.strerror or error}") from error
+        with writer:
+            yield writer
+
+    def _write_config(self) -> None:
+        if self.main:
+            self._write(self.folder / "config.yaml", to_yaml(self.config).encode())
+
+    def _write(self, path: Path, data: bytes) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            io.atomic_write(path, data)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _on_interrupt(stop: threading.Event) -> Iterator[None]:
+    """The first Ctrl-C lets the step end and sets `stop`; the second one acts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
