@@ -1,7 +1,8 @@
 """How often a model draws what the caption says, on captions of the built-in shapes.
 
-Three kinds of pictures are graded for the same scenes: fresh renders (which measures the grader itself), their
-reconstructions by the first stage (the best the diffusion can reach) and what the model draws from the captions.
+Three kinds of pictures are graded for the same scenes: fresh renders (which measures the grader itself),
+their reconstructions by the first stage (the best the diffusion can reach) and what the model draws from the
+captions.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Score:
         p, n = self.accuracy, self.total
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        # At 0 and 1 the bounds meet the accuracy, up to rounding.
+        return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,8 @@ def evaluate(
 ) -> AccuracyReport:
     """Grades a text-conditioned pipeline on fresh canonical captions of the built-in shapes.
 
-    The first noise of a picture depends on `seed` and the caption's number only: it is the same at every guidance
-    scale and batch size.
+    All noise of a picture depends on `seed` and its caption's number only, not on the guidance scale or the
+    batch size.
 
     Args:
         num_captions: of each set.

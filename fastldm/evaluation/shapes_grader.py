@@ -227,31 +227,34 @@ def _fit_shapes(mask: np.ndarray) -> dict[str, tuple[float, float]]:
     fits = {}
     for shape in SHAPES:
         start = np.sqrt(mask.sum() / _UNIT_AREA[shape])
+        outward, apothem = _outward(shape, u, v)
         fits[shape] = (0.0, start)
         for radius in start * np.array([0.92, 0.96, 1.0, 1.04]):
-            template = np.clip(0.5 - _STEEPNESS * _signed_distance(shape, u, v, radius), 0, 1)
+            template = np.clip(0.5 - _STEEPNESS * (outward - apothem * radius), 0, 1)
             both = np.minimum(steep, template).sum(axis=(-2, -1))
             either = np.maximum(steep, template).sum(axis=(-2, -1))
             fits[shape] = max(fits[shape], (float((both / either).max()), float(radius)))
     return fits
 
 
-def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Distance to the outline of a shape of nominal `radius` around 0, negative inside (exact near edges)."""
+def _outward(shape: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
+    """How far points lie out along the normal of the nearest edge of a shape centred at 0, and the apothem.
+
+    A shape of nominal radius r is the set of points where the first is at most r times the second; near its
+    edges the difference is the distance to the outline.
+    """
     if shape == "circle":
-        return np.hypot(x, y) - radius
+        return np.hypot(x, y), 1.0
     if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - SQUARE_HALF_SIDE * radius
-    # Regular outlines repeat: fold the plane into the half sector between a tip (straight up) and the next
-    # notch.
+        return np.maximum(np.abs(x), np.abs(y)), SQUARE_HALF_SIDE
+    # Regular outlines repeat: fold the plane into the half sector from a tip (straight up) to the next notch.
     tips = {"triangle": 3, "star": 5}[shape]
-    outer = OUTER_RADIUS[shape] * radius
+    outer = OUTER_RADIUS[shape]
     notch = outer * (STAR_INNER_RADIUS if shape == "star" else np.cos(np.pi / 3))
     angle = np.abs((np.arctan2(x, -y) + np.pi / tips) % (2 * np.pi / tips) - np.pi / tips)
-    far = np.hypot(x, y)
     edge = np.array([notch * np.cos(np.pi / tips) - outer, notch * np.sin(np.pi / tips)])
     normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
-    return (far * np.cos(angle) - outer) * normal[0] + far * np.sin(angle) * normal[1]
+    return np.hypot(x, y) * (np.cos(angle) * normal[0] + np.sin(angle) * normal[1]), outer * normal[0]
 
 
 def _unit_areas() -> dict[str, float]:
