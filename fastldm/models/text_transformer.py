@@ -73,7 +73,8 @@ class LDMBertModel(Model):
         self.to_logits = nn.Linear(d_model, vocab_size)
         self.apply(self._init_weights)
         # The peer's folders hold this layer, but nothing here reads it: training must not wait for its
-        # gradient. lf.to_logits.requires_grad_(False)
+        # gradient.
+        self.to_logits.requires_grad_(False)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
