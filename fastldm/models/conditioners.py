@@ -97,9 +97,12 @@ class ClassConditioner(Model):
 
     def prepare(self, raw: int | Sequence[int] | Tensor) -> Tensor:
         """Label(s) in [0, num_classes) to int64 (B,)."""
-        labels = torch.as_tensor(raw).reshape(-1)
         last = self.config.num_classes - 1
-        if labels.is_floating_point() or labels.dtype == torch.bool:
+        try:
+            labels = torch.as_tensor(raw).reshape(-1)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(f"class labels must be integers from 0 to {last}, not {raw!r}") from None
+        if labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool):
             raise InputError(f"class labels must be integers from 0 to {last}, not {labels.dtype}")
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= last:
             raise InputError(f"class labels {labels.tolist()}: this model knows 0 to {last}")

@@ -52,6 +52,11 @@ class Tokenizer:
                 f"max_length={max_length} leaves no room for words; use {self._special_count + 1} or more"
             )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # Copying and pickling the backend forget this switch.
+        self.backend.encode_special_tokens = True
+
     @classmethod
     def from_captions(cls, captions: Iterable[str], max_length: int) -> Tokenizer:
         """A word-level tokenizer that knows the words of `captions`, the most frequent first.
