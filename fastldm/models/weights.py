@@ -12,13 +12,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fastldm.errors import CheckpointError
 from fastldm.io import atomic_file
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_RANDOM_FILLS = {torch.Tensor.uniform_, torch.Tensor.normal_}
+_RANDOM_FILLS = {
+    torch.Tensor.uniform_,
+    torch.Tensor.normal_,
+    nn.init.uniform_,
+    nn.init.normal_,
+    nn.init.kaiming_uniform_,
+}
 
 
 class SkipInit(TorchFunctionMode):
@@ -28,9 +35,10 @@ class SkipInit(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func in _RANDOM_FILLS:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def resolve_folder(path: str | os.PathLike, subfolder: str | None, config_name: str) -> Path:

@@ -23,8 +23,9 @@ def timestep_embedding(
     the second the cosines; `flip_sin_to_cos` swaps the halves. An odd `dim` ends in a zero column.
     """
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - freq_shift)
-    frequencies = torch.exp(-math.log(max_period) * exponent)
+    # in the peers' order of operations: at timestep 1000 the last bit of a frequency shows in the features
+    exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(exponent / (half - freq_shift))
     angles = timesteps.float()[:, None] * frequencies[None, :]
     halves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     features = torch.cat(halves, dim=-1)
