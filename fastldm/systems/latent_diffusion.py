@@ -102,16 +102,17 @@ class LatentDiffusionPipeline:
 
     def _check_parts(self) -> None:
         latent, concat = self.latent_channels, self.conditioner.concat_channels
-        config = self.unet.config
-        problems = []
+        config, problems = self.unet.config, []
         if config.in_channels != latent + concat:
-            problems.append(
-                f"in_channels is {config.in_channels}, but latents and condition have {latent} + {concat}"
-            )
+            found = f"in_channels is {config.in_channels}"
+            problems.append(f"{found}, but latents and condition have {latent} + {concat}")
         if config.out_channels != latent:
             problems.append(f"out_channels is {config.out_channels}, but latents have {latent}")
         width, taken = self.conditioner.context_dim, config.cross_attention_dim
-        if width is not None and {width} != ({taken} if isinstance(taken, int) else set(taken)):
+        if self.unet.has_cross_attention != (width is not None):
+            has, wants = ("cross-attention", "no") if width is None else ("no cross-attention", "a")
+            problems.append(f"blocks have {has}, but the condition gives {wants} context for it")
+        elif width is not None and {width} != ({taken} if isinstance(taken, int) else set(taken)):
             problems.append(f"cross_attention_dim is {taken}, but the condition has {width}")
         if problems:
             raise ConfigError(f"the UNet does not fit: its {'; its '.join(problems)}")
