@@ -51,7 +51,7 @@ def painted(picture: Image.Image, box: tuple[float, float, float, float], fill) 
 @pytest.mark.parametrize("kind", ["one", "two"])
 @pytest.mark.parametrize("split", ["seen", "held-out"])
 def test_reads_fresh_renders(degrade, kind, split):
-    count = 150
+    count = 100
     data = CaptionedShapes(split, kind, length=count, seed=11)
     wrong = []
     for index in range(count):
