@@ -27,6 +27,8 @@ SCHEDULER_CLASSES = ("DDIMScheduler", "DDPMScheduler")
 # Only one of the two diffusers classes knows these; the other would warn about them.
 _ONLY_DDIM = {"set_alpha_to_one"}
 _ONLY_DDPM = {"variance_type"}
+# What diffusers of 2022 wrote beside them, and the values that change nothing.
+_OLD_FIELDS = {"tensor_format": ("pt",), "timestep_values": (None,), "skip_prk_steps": (True, False)}
 
 
 def cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> Tensor:
@@ -181,7 +183,11 @@ class NoiseSchedule:
             raise ConfigError(
                 f"scheduler class {class_name} is not offered; use {' or '.join(SCHEDULER_CLASSES)}"
             )
-        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        given = {
+            key: value
+            for key, value in config.items()
+            if not key.startswith("_") and value not in _OLD_FIELDS.get(key, ())
+        }
         known = {f.name for f in fields(cls) if f.init}
         if unknown := sorted(set(given) - known):
             raise ConfigError(

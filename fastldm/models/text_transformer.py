@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastldm import ops
 from fastldm.errors import ConfigError, InputError
-from fastldm.models.base import Model, configurable
+from fastldm.models.base import Config, Model, configurable
 from fastldm.models.outputs import Output
 from fastldm.nn import checkpointing
 
@@ -72,8 +72,7 @@ class LDMBertModel(Model):
         self.model = _Encoder(self.config)
         self.to_logits = nn.Linear(d_model, vocab_size)
         self.apply(self._init_weights)
-        # The peer's folders hold this layer, but nothing here reads it: training must not wait for its
-        # gradient.
+        # The peer's folders hold this layer, but no output needs it: training must not wait for its gradient.
         self.to_logits.requires_grad_(False)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -115,7 +114,7 @@ class LDMBertModel(Model):
 
 
 class _Encoder(nn.Module):
-    def __init__(self, config) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
@@ -133,7 +132,7 @@ class _Encoder(nn.Module):
 
 
 class _Layer(nn.Module):
-    def __init__(self, config) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.activation_dropout = config.activation_dropout

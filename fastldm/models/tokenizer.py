@@ -166,10 +166,10 @@ class Tokenizer:
         """Read `tokenizer.json`, or the `vocab.txt` of an older BERT folder.
 
         Args:
-            max_length: the text window where the folder states none (transformers then writes a huge number).
+            max_length: what the text encoder takes; counts where the folder states more, or nothing.
 
         Raises:
-            CheckpointError: if the folder holds no tokenizer, or no one knows its text window.
+            CheckpointError: if the folder holds no tokenizer, or nothing says how long its text window is.
         """
         from tokenizers import Tokenizer as Backend
         from tokenizers.implementations import BertWordPieceTokenizer
@@ -190,10 +190,10 @@ class Tokenizer:
             raise
         except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
             raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
-        stated = config.get("model_max_length")
-        length = stated if stated is not None and stated < 1e6 else max_length
-        if length is None:
+        # transformers writes 1e30 for "no limit"; a BERT vocabulary states its 512 tokens, LDM takes 77.
+        lengths = [n for n in (config.get("model_max_length"), max_length) if n is not None and n < 1e6]
+        if not lengths:
             raise CheckpointError(
                 f"{folder}/tokenizer_config.json states no model_max_length; pass max_length"
             )
-        return cls(backend, int(length))
+        return cls(backend, int(min(lengths)))

@@ -24,20 +24,17 @@ def shipped_models() -> list[str]:
 
 
 def find_pipeline(path: str | os.PathLike) -> Path:
-    """The folder of a saved pipeline: a local one, the name of a shipped model, or a name on the hub.
+    """The folder of a saved pipeline: a local one, else a shipped model of that name, else the hub's.
 
     Raises:
         CheckpointError: if there is none, or it is no pipeline's.
     """
     name, folder = os.fspath(path), Path(path)
-    if not folder.exists():
-        if name in shipped_models():
-            return ASSETS / name
-        if folder.parent == Path("."):
-            shipped = ", ".join(shipped_models()) or "none"
-            raise CheckpointError(
-                f"no folder {name!r}, and no shipped model of that name (shipped: {shipped})"
-            )
+    if not (folder / INDEX).is_file() and name in shipped_models():
+        return ASSETS / name
+    if not folder.exists() and folder.parent == Path("."):
+        shipped = ", ".join(shipped_models()) or "none"
+        raise CheckpointError(f"no folder {name!r}, and no shipped model of that name (shipped: {shipped})")
     return resolve_folder(path, None, INDEX)
 
 

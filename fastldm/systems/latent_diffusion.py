@@ -181,8 +181,7 @@ class LatentDiffusionPipeline:
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
     ) -> Denoiser:
-        """The UNet under a condition, for samplers: (x (B, C, h, w), t int64 (B,)) -> model output, x's
-        dtype.
+        """The UNet under a condition, for samplers: x (B, C, h, w), t int64 (B,) -> its output in x's dtype.
 
         See `fastldm.diffusion.guidance.classifier_free` for the two guidance arguments.
         """
@@ -375,8 +374,7 @@ class LatentDiffusionPipeline:
         """Write the folder of the pipeline, all or nothing. `variant`, `dtype`: as `Model.save_pretrained`.
 
         A text-conditioned one is laid out as diffusers' LDMTextToImagePipeline, which loads it (and makes the
-        same pictures if the first stage shrinks by 8 and the text window is 77, which that class takes for
-        granted).
+        same pictures where the first stage shrinks by 8 and the text window is 77: that class assumes both).
         """
         text = isinstance(self.conditioner, TextConditioner)
         scheduler = _SCHEDULERS[self.sampler]

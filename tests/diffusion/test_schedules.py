@@ -144,11 +144,22 @@ def test_absent_config_fields_are_the_peer_s_defaults():
     assert {key: getattr(ours, key) for key in fields_of(theirs)} == fields_of(theirs)
 
 
+def test_a_config_of_2022_loads():
+    config = {
+        "_class_name": "DDIMScheduler",
+        "timestep_values": None,
+        "skip_prk_steps": True,
+        "tensor_format": "pt",
+    }
+    assert NoiseSchedule.from_config(config).to_config() == NoiseSchedule.from_config({}).to_config()
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
         ({"_class_name": "PNDMScheduler"}, "PNDMScheduler is not offered"),
         ({"beta_shedule": "linear"}, "beta_shedule"),
+        ({"timestep_values": [1, 2]}, "timestep_values"),
         ({"beta_schedule": "sigmoid"}, "linear, scaled_linear, squaredcos_cap_v2"),
         ({"prediction_type": "eps"}, "epsilon, sample, v_prediction"),
         ({"variance_type": "learned_range"}, "fixed_small, fixed_large"),

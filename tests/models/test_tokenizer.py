@@ -167,6 +167,8 @@ def test_a_vocabulary_file_of_an_older_bert_loads(tmp_path):
     )
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     assert tokenizer("A Red, stars").tolist() == [[2, 4, 5, 8, 6, 7, 3, 0]]
+    assert Tokenizer.from_pretrained(tmp_path, max_length=9).max_length == 8
+    assert Tokenizer.from_pretrained(tmp_path, max_length=5).max_length == 5
 
 
 def test_unreadable_folders_are_refused(tmp_path, tokenizer):

@@ -132,7 +132,9 @@ def test_shipped_models_go_by_name(saved, tmp_path, monkeypatch):
     assert LatentDiffusionPipeline.from_pretrained("squares").scaling_factor == 0.7
     with pytest.raises(CheckpointError, match=r"no folder 'sqares'.*shipped: squares"):
         LatentDiffusionPipeline.from_pretrained("sqares")
-    shutil.copytree(saved, tmp_path / "squares")
+    (tmp_path / "squares").mkdir()
+    assert LatentDiffusionPipeline.from_pretrained("squares").scaling_factor == 0.7
+    shutil.copytree(saved, tmp_path / "squares", dirs_exist_ok=True)
     change(tmp_path / "squares" / "vqvae" / "config.json", scaling_factor=3.0)
     assert LatentDiffusionPipeline.from_pretrained("squares").scaling_factor == 3.0
 
