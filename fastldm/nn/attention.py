@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastldm import ops
+from fastldm.errors import ConfigError
 from fastldm.nn.normalization import GroupNorm
+from fastldm.ops.attention import HEAD_DIMS
 
 
 class Attention(nn.Module):
@@ -40,6 +43,8 @@ class Attention(nn.Module):
         context_dim = query_dim if cross_attention_dim is None else cross_attention_dim
         inner_dim = heads * dim_head
         self.heads = heads
+        self.head_padding = _padding(dim_head)
+        self.scale = dim_head**-0.5
         self.residual_connection = residual_connection
         self.rescale_output_factor = rescale_output_factor
         self.group_norm = None if norm_num_groups is None else GroupNorm(norm_num_groups, query_dim, eps=eps)
@@ -75,7 +80,10 @@ class Attention(nn.Module):
         key = self._split_heads(self.to_k(context))
         value = self._split_heads(self.to_v(context))
         mask = None if attention_mask is None else attention_mask[:, None, None, :]
-        hidden_states = ops.attention(query, key, value, mask).transpose(1, 2).flatten(2)
+        hidden_states = ops.attention(query, key, value, mask, scale=self.scale)
+        if self.head_padding:
+            hidden_states = hidden_states[..., : -self.head_padding]
+        hidden_states = hidden_states.transpose(1, 2).flatten(2)
         for layer in self.to_out:
             hidden_states = layer(hidden_states)
 
@@ -88,8 +96,22 @@ class Attention(nn.Module):
         return hidden_states
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """(B, S, heads * dim_head) to (B, heads, S, dim_head), a view."""
-        return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        """(B, S, heads * dim_head) to (B, heads, S, dim_head), a view; padded to a width the operation
+        takes."""
+        split = projected.unflatten(-1, (self.heads, -1))
+        if self.head_padding:
+            split = F.pad(split, (0, self.head_padding))
+        return split.transpose(1, 2)
+
+
+def _padding(dim_head: int) -> int:
+    """Zeros to add to a head, which change neither its scores nor its result."""
+    width = min((dim for dim in HEAD_DIMS if dim >= dim_head), default=None)
+    if width is None:
+        raise ConfigError(
+            f"attention heads of width {dim_head} are too wide; accepted: up to {max(HEAD_DIMS)}"
+        )
+    return width - dim_head
 
 
 def image_to_tokens(image: torch.Tensor) -> torch.Tensor:
