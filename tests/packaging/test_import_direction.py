@@ -10,26 +10,28 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "fastldm"
 
 BASE = {"errors", "_version"}
-KERNELS = {"reference", "eager", "kernels", "native"}
+KERNELS = {"implementation", "reference", "eager", "kernels", "native"}
 MAY_IMPORT = {
     "errors": set(),
     "_version": set(),
     "io": BASE,
-    "reference": BASE,
-    "kernels": BASE,
-    "native": BASE,
-    "eager": BASE | {"reference"},
+    "pictures": BASE,
+    "implementation": BASE,
+    "reference": BASE | {"implementation"},
+    "kernels": BASE | {"implementation"},
+    "native": BASE | {"implementation"},
+    "eager": BASE | {"implementation", "reference"},
     "dispatch": BASE | KERNELS,
     "ops": BASE | {"dispatch"},
     "nn": BASE | {"ops"},
     "models": BASE | {"ops", "nn", "io"},
     "diffusion": BASE,
-    "systems": BASE | {"ops", "nn", "io", "models", "diffusion"},
-    "training": BASE | {"ops", "nn", "io", "models", "diffusion", "systems", "dispatch"},
-    "evaluation": BASE | {"io", "diffusion", "systems", "training"},
-    "testing": BASE | {"reference"},
+    "systems": BASE | {"ops", "nn", "io", "pictures", "models", "diffusion"},
+    "training": BASE | {"ops", "nn", "io", "models", "diffusion", "systems", "dispatch", "pictures"},
+    "evaluation": BASE | {"io", "pictures", "models", "diffusion", "systems", "training"},
+    "testing": BASE | KERNELS | {"dispatch"},
     "env": BASE | KERNELS | {"dispatch", "ops"},
-    "cli": BASE | {"io", "models", "diffusion", "systems", "training", "evaluation", "dispatch", "env"},
+    "cli": BASE | {"io", "models", "diffusion", "systems", "training", "evaluation", "dispatch", "env", "pictures"},
     "__main__": {"cli"},
 }
 
