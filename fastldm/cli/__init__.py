@@ -1,7 +1,7 @@
 """The command line: `fastldm sample | train | evaluate | env`.
 
-One file per subcommand, with `add_arguments(parser)` and `run(arguments)`. They import torch inside `run`, so that
-`fastldm --help` answers at once.
+One file per subcommand, with `add_arguments(parser)` and `run(arguments)`. They import torch inside `run`, so
+that `fastldm --help` answers at once.
 """
 
 from __future__ import annotations
@@ -47,18 +47,19 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for anything the user can put right, 130 after Ctrl-C."""
-    parser = _Parser(prog="fastldm", description="Latent diffusion on fused kernels.")
+    parser = _Parser(prog="fastldm", description="Latent diffusion on fused kernels.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fastldm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in _COMMANDS.items():
         module = importlib.import_module(f"fastldm.cli.{name}")
-        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        description = f"{summary[0].upper()}{summary[1:]}."
+        command = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
         module.add_arguments(command)
         command.set_defaults(run=module.run, parser=command)
 
     parsed, rest = parser.parse_known_args(arguments)
     if hasattr(parsed, "overrides"):
-        # argparse ends a list of positionals at the first flag, so `train vq --config X key=value` leaves some over.
+        # argparse ends a list of positionals at a flag: `train vq --config X key=value` leaves some over.
         parsed.overrides += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
     if rest:

@@ -1,1 +1,1 @@
-"""Training: configurations, data sets, the two kinds of run (first stage, latent diffusion) and their loop."""
+"""Training: configurations, data sets, the two kinds of task (first stage, latent diffusion), the loop."""

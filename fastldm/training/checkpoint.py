@@ -5,8 +5,9 @@
     optimizer.pt        optimiser state, and the loss scaler's with fp16
     state.json          step, EMA updates, what the task measured once (latent scaling), the configuration
 
-A checkpoint is written to a temporary folder, flushed and renamed, so a folder named `step-*` is always complete. No
-random state is stored: every random number of the loop is a function of (seed, step, micro-step, process).
+A checkpoint is written to a temporary folder, flushed and renamed, so a folder named `step-*` is always
+complete. No random state is stored: every random number of the loop is a function of (seed, step, micro-step,
+process).
 """
 
 from __future__ import annotations
@@ -52,11 +53,17 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what a run killed while it wrote a checkpoint left behind."""
+    for path in Path(folder).glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write `folder/step-N`, then remove all but the newest `keep` checkpoints.
 
     Raises:
-        CheckpointError: nothing could be written (full disk, no permission); the older checkpoints are untouched.
+        CheckpointError: it could not be written (full disk, no permission); the older ones are untouched.
     """
     folder = Path(folder)
     target = folder / f"step-{checkpoint.step:06d}"

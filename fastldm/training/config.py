@@ -1,8 +1,8 @@
 """Training configurations: dataclasses filled from YAML files and `key=value` overrides, every key checked.
 
-`TrainingConfig` holds what every run needs (data, optimiser, loop); `FirstStageConfig` and `LatentDiffusionConfig` add
-the model and the loss. The fields that hold a network's own configuration (`model.config`, `unet`, ...) are plain
-mappings: the network checks them when it is built.
+`TrainingConfig` holds what every run needs (data, optimiser, loop); `FirstStageConfig` and
+`LatentDiffusionConfig` add the model and the loss. The fields that hold a network's own configuration
+(`model.config`, `unet`, ...) are plain mappings: the network checks them when it is built.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,11 @@ class DataConfig:
     num_workers: int = 0
     """Processes that read pictures; 0 reads them in the training process."""
 
+    def __post_init__(self) -> None:
+        _require("data.size", self.size, at_least=1)
+        _require("data.length", self.length, at_least=1)
+        _require("data.num_workers", self.num_workers, at_least=0)
+
 
 @dataclass
 class OptimizerConfig:
@@ -58,6 +64,16 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
     """Norm to which the gradient of all trained parameters together is clipped; null = never."""
 
+    def __post_init__(self) -> None:
+        _require("optimizer.lr", self.lr, above=0)
+        _require("optimizer.weight_decay", self.weight_decay, at_least=0)
+        _require("optimizer.eps", self.eps, above=0)
+        _require("optimizer.warmup_steps", self.warmup_steps, at_least=0)
+        for beta in self.betas:
+            _require("optimizer.betas", beta, at_least=0, below=1)
+        if self.max_grad_norm is not None:
+            _require("optimizer.max_grad_norm", self.max_grad_norm, above=0)
+
 
 @dataclass
 class EMAConfig:
@@ -66,6 +82,9 @@ class EMAConfig:
     enabled: bool = True
     decay: float = 0.9999
     """Upper bound; at update n the decay is min(decay, (1 + n) / (10 + n))."""
+
+    def __post_init__(self) -> None:
+        _require("ema.decay", self.decay, at_least=0, below=1)
 
 
 @dataclass
@@ -96,6 +115,23 @@ class TrainingConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
 
+    def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name:
+            raise ConfigError(
+                f"name={self.name!r} must be the name of one folder; put its parent in output_dir"
+            )
+        for key in (
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "checkpoint_every",
+        ):
+            _require(key, getattr(self, key), at_least=1)
+        _require("keep_checkpoints", self.keep_checkpoints, at_least=1)
+        _require("sample_every", self.sample_every, at_least=0)
+        _require("seed", self.seed, at_least=0)
+
 
 @dataclass
 class FirstStageModelConfig:
@@ -104,9 +140,9 @@ class FirstStageModelConfig:
     config: dict[str, Any] = field(default_factory=dict)
     """The model's own config.json fields."""
     ema_codebook_decay: float | None = None
-    """Decay of the EMA codebook (van den Oord et al. 2017, appendix A.1); null = codebook trained by its loss."""
+    """Decay of the EMA codebook (van den Oord et al. 2017, appendix A.1); null = trained by its loss."""
     revive_below: float = 0.0
-    """EMA codebook: a code with a smaller averaged count per batch moves onto an encoder output; 0 = never."""
+    """EMA codebook: a code with a smaller mean count per batch moves onto an encoder output; 0 = never."""
 
 
 @dataclass
@@ -126,7 +162,7 @@ class FrozenFirstStageConfig:
     path: str = ""
     """Folder of a trained VQModel or AutoencoderKL (the `model` folder of a `train vq` run)."""
     scaling_factor: float | Literal["std"] = "std"
-    """Multiplies the latents; "std" = 1 / standard deviation of the first batch (Rombach et al. 2022, G.1)."""
+    """Multiplies the latents; "std" = 1 / standard deviation of the first batch (Rombach et al. 2022)."""
 
 
 @dataclass
@@ -146,7 +182,7 @@ class ConditionerConfig:
 class SamplingConfig:
     """How the pictures during training are made; stored in the export as the model's defaults."""
 
-    prompts: list[str] = field(default_factory=list)
+    prompts: list[str | int] = field(default_factory=list)
     """Captions (text) or labels (class); empty = the first conditions of the data."""
     num_images: int = 8
     """Pictures when `prompts` is empty."""
@@ -172,8 +208,14 @@ class LatentDiffusionConfig(TrainingConfig):
     snr_gamma: float | None = None
     """Min-SNR loss weighting (Hang et al. 2023) with this gamma; null = plain mean squared error."""
     cache_latents: bool = False
-    """Encode the data once before training. Same training as encoding each batch, but without picture augmentation."""
+    """Encode the data once, before training: the same losses as encoding each batch, up to rounding."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("condition_dropout", self.condition_dropout, at_least=0, at_most=1)
+        if isinstance(self.first_stage.scaling_factor, float):
+            _require("first_stage.scaling_factor", self.first_stage.scaling_factor, above=0)
 
 
 def shipped_configs() -> list[str]:
@@ -188,7 +230,7 @@ def load_config(cls: type[T], source: str | Path | Mapping, overrides: Sequence[
     Args:
         cls: FirstStageConfig or LatentDiffusionConfig.
         source: path of a YAML file, a name of `shipped_configs()`, or a mapping.
-        overrides: "dotted.key=value" strings; the value is read as YAML ("optimizer.lr=3e-4", "ema.enabled=false").
+        overrides: "dotted.key=value" strings, the value in YAML ("optimizer.lr=3e-4", "ema.enabled=false").
 
     Raises:
         ConfigError: no such file, YAML that does not parse, unknown key, value of the wrong type.
@@ -288,6 +330,23 @@ def _override(values: dict, override: str) -> None:
     values[last] = value
 
 
+def _require(
+    key: str,
+    value: float,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+    at_most: float = math.inf,
+) -> None:
+    """ConfigError unless above < value < below and at_least <= value <= at_most."""
+    if above < value < below and at_least <= value <= at_most:
+        return
+    bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    accepted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+    raise ConfigError(f"configuration key {key!r} must be {accepted}, got {value!r}")
+
+
 def _unknown_key(name: str, key: str, known: Mapping) -> str:
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"accepted here: {', '.join(sorted(known))}"
@@ -346,7 +405,7 @@ def _describe(hint: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Deep copy with dictionaries and lists only, so that YAML writes it and comparisons ignore tuple or list."""
+    """Deep copy of dictionaries and lists only: YAML writes it, and a tuple equals the list it came from."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

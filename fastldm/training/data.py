@@ -1,4 +1,4 @@
-"""Which picture comes when: an endless stream of batches that is a function of the seed and the position alone."""
+"""Which picture comes when: an endless stream of batches, a function of the seed and the position alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from fastldm.errors import ConfigError
 from fastldm.training.config import DataConfig
-from fastldm.training.datasets import CaptionedShapes
+from fastldm.training.datasets import CaptionedShapes, ImageFolder
 
 
 def derive_seed(*parts: int) -> int:
@@ -22,9 +22,9 @@ def derive_seed(*parts: int) -> int:
 class StreamSampler(Sampler[list[int]]):
     """Batches of an endless walk through shuffled epochs, from any position on.
 
-    The walk is one permutation of the data set per epoch, each drawn from (seed, epoch). Micro-step m takes the next
-    `batch_size * processes` entries of the walk, of which process r gets the r-th run of `batch_size`. A batch may
-    span two epochs, so no picture is left out.
+    The walk is one permutation of the data set per epoch, drawn from (seed, epoch). Micro-step m takes the
+    next `batch_size * processes` entries of the walk, of which process r gets the r-th run of `batch_size`.
+    A batch may span two epochs, so no picture is left out.
     """
 
     def __init__(
@@ -40,16 +40,15 @@ class StreamSampler(Sampler[list[int]]):
     def batch(self, micro_step: int) -> list[int]:
         first = (micro_step * self.processes + self.process) * self.batch_size
         positions = range(first, first + self.batch_size)
-        return [int(self._permutation(p // self.length)[p % self.length]) for p in positions]
+        return [
+            int(_permutation(self.length, self.seed, p // self.length)[p % self.length]) for p in positions
+        ]
 
     def __iter__(self) -> Iterator[list[int]]:
         micro_step = self.start
         while True:
             yield self.batch(micro_step)
             micro_step += 1
-
-    def _permutation(self, epoch: int) -> torch.Tensor:
-        return _permutation(self.length, self.seed, epoch)
 
 
 @lru_cache(maxsize=2)
@@ -71,13 +70,12 @@ def batches(dataset: Dataset, sampler: StreamSampler, *, num_workers: int = 0) -
 
 
 def build_dataset(data: DataConfig, seed: int) -> Dataset:
-    """The data set of a configuration; items are {"image": (3, size, size) in [-1, 1], "caption", "label"}."""
+    """The data set of a configuration: items {"image": (3, size, size) in [-1, 1], "caption", "label"}."""
     if data.source == "shapes":
         return CaptionedShapes("train", data.kind, data.size, data.length, seed)
     if data.path is None:
         raise ConfigError(
             "data.source=image_folder needs data.path, a folder of pictures with metadata.jsonl"
         )
-    from fastldm.training.datasets import ImageFolder
 
     return ImageFolder(data.path, data.size, random_flip=data.random_flip)

@@ -12,8 +12,8 @@ from torch import nn
 class EMA:
     """Moving average of a module's state, in float32.
 
-    Floating-point parameters and buffers are averaged; integer ones are copied. At update n (from 0) the decay is
-    min(decay, (1 + n) / (10 + n)), the warmup of CompVis/latent-diffusion's LitEma.
+    Floating-point parameters and buffers are averaged, integer ones are copied. At update n (from 0) the
+    decay is min(decay, (1 + n) / (10 + n)), as in CompVis/latent-diffusion's LitEma.
 
     Args:
         module: the module to follow; its current state starts the average.
@@ -38,7 +38,7 @@ class EMA:
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Put the average into `module` inside the block and the trained weights back, bit for bit, after it."""
+        """Put the average into `module` inside the block, and the trained weights back after it."""
         trained = {name: value.detach().clone() for name, value in module.state_dict().items()}
         module.load_state_dict(self.average)
         try:

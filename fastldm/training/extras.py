@@ -14,5 +14,5 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise FastLDMError(
-            f"training needs the package {module.partition('.')[0]!r} ({error}); run: pip install 'fastldm[train]'"
+            f"training needs the package {module!r} ({error}); run: pip install 'fastldm[train]'"
         ) from error

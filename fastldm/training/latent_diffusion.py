@@ -1,7 +1,7 @@
 """Training latent diffusion (Rombach et al. 2022), the three steps of each batch:
 
 1. the frozen first stage encodes the pictures x to latents z, which are scaled to about unit variance;
-2. tau_theta encodes the condition y, which is the null condition with probability p (classifier-free guidance);
+2. tau_theta encodes the condition y, with probability p the null condition (for classifier-free guidance);
 3. the UNet predicts the noise (or x0, or v) of z_t at a uniform t, and the mean squared error trains UNet and
    tau_theta together:  E ||eps - eps_theta(z_t, t, tau_theta(y))||^2.
 """
@@ -30,11 +30,14 @@ from fastldm.models.unet import UNet2DConditionModel
 from fastldm.models.vq_model import VQModel
 from fastldm.pictures import grid
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline, scale_from_batch
-from fastldm.training.config import LatentDiffusionConfig, checked_arguments
+from fastldm.training.config import LatentDiffusionConfig
 from fastldm.training.data import build_dataset
 from fastldm.training.datasets.shapes import CaptionedShapes, vocabulary
 
 _ENCODE_BATCH = 64
+# Which entry of a data set's item a conditioner takes. A condition picture is the picture itself, which
+# SpatialConditioner makes small: super-resolution, as in section 4.4 of the paper.
+_CONDITION_KEYS = {"text": "caption", "class": "label", "image": "image"}
 
 
 def latent_diffusion_loss(
@@ -136,6 +139,7 @@ class LatentDiffusionTask:
     def __init__(self, config: LatentDiffusionConfig) -> None:
         self.config = config
         self.pictures = build_dataset(config.data, config.seed)
+        self._check_condition()
         self.first_stage = load_first_stage(config.first_stage.path)
         self.schedule = NoiseSchedule.from_config(
             {"clip_sample": False, **config.schedule, "prediction_type": config.prediction_type}
@@ -149,6 +153,7 @@ class LatentDiffusionTask:
         self.every_step_trains_all = True
         self.scaling_factor: float | None = None
         self.dataset: Any = self.pictures
+        self._check_sampling()
 
     def to(self, device: torch.device) -> None:
         self.device = device
@@ -182,16 +187,13 @@ class LatentDiffusionTask:
     def picture(self, seed: int) -> Image.Image:
         sampling = self.config.sampling
         if sampling.prompts:
-            raw, captions = self._raw_prompts(), [str(prompt) for prompt in sampling.prompts]
+            raw, captions = sampling.prompts, [str(prompt) for prompt in sampling.prompts]
         else:
             items = [self.pictures[i] for i in range(min(sampling.num_images, len(self.pictures)))]
             raw = self._raw(default_collate(items))
-            captions = [str(item["caption"]) for item in items]
-        images = self.pipeline()(
-            raw,
-            generator=torch.Generator().manual_seed(seed),
-            progress=False,
-        ).images
+            captions = [str(item.get("caption", item.get("label", ""))) for item in items]
+        generator = torch.Generator().manual_seed(seed)
+        images = self.pipeline()(raw, generator=generator, progress=False).images
         return grid(images, captions, columns=4)
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
@@ -213,16 +215,26 @@ class LatentDiffusionTask:
             },
         )
 
+    def _check_condition(self) -> None:
+        kind = self.config.conditioner.kind
+        if _CONDITION_KEYS[kind] not in self.pictures[0]:
+            raise ConfigError(
+                f"conditioner.kind={kind} needs a {_CONDITION_KEYS[kind]} for each picture, and "
+                f"{self.config.data.path} has none: add metadata.jsonl for captions, class folders for labels"
+            )
+
     def _raw(self, batch: dict) -> Any:
         """The part of a batch that the conditioner's `prepare` takes."""
-        kind = self.config.conditioner.kind
-        return batch[{"text": "caption", "class": "label", "image": "image"}[kind]]
+        return batch[_CONDITION_KEYS[self.config.conditioner.kind]]
 
-    def _raw_prompts(self) -> Any:
-        kind, prompts = self.config.conditioner.kind, self.config.sampling.prompts
-        if kind == "image":
+    def _check_sampling(self) -> None:
+        """Whatever would only fail at the first picture grid: parts that do not fit, prompts, steps."""
+        pipeline, sampling = self.pipeline(), self.config.sampling
+        if sampling.prompts and self.config.conditioner.kind == "image":
             raise ConfigError("sampling.prompts has no meaning for conditioner.kind=image; leave it empty")
-        return prompts
+        if sampling.prompts:
+            pipeline.conditioner.prepare(sampling.prompts)
+        pipeline.schedule.timesteps(sampling.num_inference_steps)
 
     @torch.no_grad()
     def _moments(self, images: Tensor) -> Tensor:
@@ -238,7 +250,7 @@ class LatentDiffusionTask:
         return DiagonalGaussianDistribution(moments).sample(generator)
 
     def _encode_all(self) -> CachedLatents:
-        """Pass the data through the first stage once. A KL stage's moments are kept, so z is drawn afresh each time."""
+        """Pass the data through the first stage once. Of a KL stage the moments are kept, to draw z from."""
         loader = DataLoader(self.pictures, batch_size=_ENCODE_BATCH, num_workers=self.config.data.num_workers)
         moments, conditions = [], []
         for batch in tqdm(loader, desc="encode", unit="batch", disable=None, leave=False):
@@ -274,11 +286,9 @@ def build_conditioner(config: LatentDiffusionConfig, pictures: Any) -> nn.Module
     """tau_theta of a configuration, with fresh weights."""
     settings = config.conditioner
     if settings.kind == "class":
-        return ClassConditioner(**checked_arguments(ClassConditioner, settings.config, "conditioner.config"))
+        return ClassConditioner.from_config(settings.config)
     if settings.kind == "image":
-        return SpatialConditioner(
-            **checked_arguments(SpatialConditioner, settings.config, "conditioner.config")
-        )
+        return SpatialConditioner.from_config(settings.config)
     if settings.tokenizer is not None:
         tokenizer = Tokenizer.from_pretrained(settings.tokenizer)
     else:
@@ -296,7 +306,7 @@ def build_conditioner(config: LatentDiffusionConfig, pictures: Any) -> nn.Module
 def build_unet(
     config: LatentDiffusionConfig, first_stage: VQModel | AutoencoderKL, conditioner: nn.Module
 ) -> UNet2DConditionModel:
-    """The denoiser, with the channels that first stage and conditioner give unless the configuration sets them."""
+    """The denoiser; channels that the configuration leaves out follow from first stage and conditioner."""
     stage = first_stage.config
     channels = (
         stage.vq_embed_dim or stage.latent_channels

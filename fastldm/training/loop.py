@@ -1,10 +1,12 @@
 """The training loop, one for first stages and for latent diffusion.
 
-A `Task` says what is trained, on what, and how it is drawn and exported; the loop does the rest: devices, mixed
-precision, gradient accumulation and processes (accelerate), learning rate, EMA, logs, pictures, checkpoints.
+A `Task` says what is trained, on what, and how it is drawn and exported; the loop does the rest: devices,
+mixed precision, gradient accumulation and processes (accelerate), learning rate, EMA, logs, pictures,
+checkpoints.
 
-Every random number is a function of (seed, step, micro-step, process) and nothing is carried from step to step but
-what a checkpoint holds, so a run that is killed and resumed ends with the same bits as one that was not.
+Every random number is a function of (seed, step, micro-step, process), and nothing is carried from step to
+step but what a checkpoint holds: a run that is killed and resumed ends with the same bits as one that was
+not.
 """
 
 from __future__ import annotations
@@ -31,14 +33,17 @@ from fastldm.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_weights,
+    remove_leftovers,
     save_checkpoint,
 )
 from fastldm.training.config import TrainingConfig, differing_keys, to_mapping, to_yaml
 from fastldm.training.data import StreamSampler, batches, derive_seed
 from fastldm.training.ema import EMA
 from fastldm.training.extras import require
+from fastldm.training.memory import keep_freed_memory
 
-# Keys that may change between the start of a run and its resumption: they do not touch what a finished step computed.
+# Keys that may change when a run is resumed: no finished step depended on them, except for max_steps, the
+# length of the cosine, which may be moved to train for longer.
 _FREE_ON_RESUME = {
     "output_dir",
     "name",
@@ -56,14 +61,14 @@ class Task(Protocol):
     """What the loop trains."""
 
     module: nn.Module
-    """All that is trained; forward(batch, step=..., generator=...) returns the loss (scalar float32) and a dict of
-    scalars to log. Frozen networks are not part of it."""
+    """All that is trained; forward(batch, step=..., generator=...) returns the loss (float32 scalar) and a
+    dictionary of scalars to log. Frozen networks are not part of it."""
     averaged: nn.Module
     """The part of `module` that is averaged (EMA), drawn and exported."""
     dataset: Any
     """Map-style data set of dictionaries."""
     every_step_trains_all: bool
-    """Whether each step gives every trained parameter a gradient; if not, processes must look for those without."""
+    """Whether each step gives every trained parameter a gradient; else processes look for those without."""
 
     def to(self, device: torch.device) -> None:
         """Move the frozen networks (the loop moves `module`)."""
@@ -91,7 +96,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Learning rate of optimiser step `step` (from 0): linear warmup, then constant or a half cosine to final_lr."""
+    """Rate of optimiser step `step` (from 0): linear warmup, then constant or a half cosine to final_lr."""
     optimizer = config.optimizer
     if step < optimizer.warmup_steps:
         return optimizer.lr * (step + 1) / optimizer.warmup_steps
@@ -135,13 +140,22 @@ class _Run:
         accelerate = require("accelerate")
         if config.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ConfigError("mixed_precision=fp16 needs a GPU; use bf16 or no")
-        self.accelerator = accelerate.Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-        )
+        try:
+            self.accelerator = accelerate.Accelerator(
+                mixed_precision=config.mixed_precision,
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"mixed_precision={config.mixed_precision} cannot be used here: {error}"
+            ) from error
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.main = self.accelerator.is_main_process
         self.progress = progress and self.main
         latest = self._latest(resume)
+        if self.main:
+            remove_leftovers(self.checkpoints)
 
         torch.manual_seed(config.seed)
         self.task = build_task()
@@ -200,7 +214,8 @@ class _Run:
                     self._save()
                 if interrupted and not last:
                     raise TrainingInterrupted(
-                        f"stopped at step {self.step}; the checkpoint is in {self.checkpoints}, go on with --resume"
+                        f"stopped at step {self.step} with a checkpoint in {self.checkpoints}; "
+                        "go on with --resume"
                     )
                 if last or (config.sample_every and self.step % config.sample_every == 0):
                     self._draw(writer)
@@ -318,7 +333,8 @@ class _Run:
         found = list_checkpoints(self.checkpoints)
         if found and not resume:
             raise ConfigError(
-                f"{self.folder} already holds a run up to {found[-1].name}; go on with --resume or choose another name"
+                f"{self.folder} already holds a run up to {found[-1].name}; "
+                "go on with --resume or choose another name"
             )
         return found[-1] if found else None
 
@@ -364,7 +380,7 @@ class _Run:
 
     @contextmanager
     def _writer(self) -> Iterator[Any]:
-        """TensorBoard writer of the main process. Steps logged after the checkpoint we resume from are dropped."""
+        """TensorBoard writer of the main process; resuming drops what was logged after the checkpoint."""
         if not self.main:
             yield None
             return

@@ -77,6 +77,11 @@ class ImageFolder(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._paths) * (2 if self.random_flip else 1)
 
+    @property
+    def captions(self) -> list[str]:
+        """The caption of every picture; empty where the folder has none."""
+        return [condition["caption"] for condition in self._conditions if "caption" in condition]
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str | int]:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside a data set of {len(self)} items")

@@ -1,0 +1,80 @@
+"""What several commands share: the flags that choose model and sampler, and output files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastldm.errors import InputError
+
+if TYPE_CHECKING:
+    from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="shapes",
+        metavar="NAME|FOLDER",
+        help="a shipped model or the folder of a saved one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num-inference-steps", type=int, metavar="N", help="denoising steps (default: the model's)"
+    )
+    parser.add_argument("--sampler", choices=["ddim", "ddpm"], help="default: the model's")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default: %(default)s)")
+    parser.add_argument(
+        "--backend", default="auto", help="auto, or the one backend that every operation must use"
+    )
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+
+
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """The context in which every operation runs on backend `name`."""
+    import fastldm
+
+    try:
+        return fastldm.use_backend(name)
+    except ValueError as error:
+        raise InputError(f"--backend {name}: {error}") from error
+
+
+def load_pipeline(arguments: argparse.Namespace) -> LatentDiffusionPipeline:
+    """The pipeline that --model names, on --device, with --sampler."""
+    import torch
+
+    from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
+
+    if arguments.seed < 0:
+        raise InputError(f"--seed {arguments.seed}: give 0 or more")
+    pipeline = LatentDiffusionPipeline.from_pretrained(arguments.model)
+    pipeline.sampler = arguments.sampler or pipeline.sampler
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device}: {reason}; `fastldm env` lists the devices") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError where the file cannot be written, so that no work is lost on a typing error."""
+    folder = path.parent
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; give a file name")
+    if not folder.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {folder}; make it first")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise InputError(f"cannot write {path}: permission denied; give another path")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    from fastldm.io import atomic_write
+
+    try:
+        atomic_write(path, data)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
