@@ -39,7 +39,7 @@ class DiagonalGaussianDistribution:
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """KL divergence in nats from `other`, or from the standard normal, to this: (B,)."""
+        """KL(self || other) in nats, (B,); `other` None is the standard normal."""
         if self.deterministic:
             return torch.zeros(len(self.mean), device=self.mean.device, dtype=self.mean.dtype)
         if other is None:
