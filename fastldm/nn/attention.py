@@ -22,7 +22,6 @@ class Attention(nn.Module):
         bias: whether the query, key and value projections have one (the output projection always does).
         norm_num_groups: when given, a group norm with `eps` over the input first (autoencoders).
         residual_connection: add the input to the output.
-        rescale_output_factor: divide the result, residual included, by this.
     """
 
     def __init__(
@@ -37,7 +36,6 @@ class Attention(nn.Module):
         norm_num_groups: int | None = None,
         eps: float = 1e-5,
         residual_connection: bool = False,
-        rescale_output_factor: float = 1.0,
     ):
         super().__init__()
         context_dim = query_dim if cross_attention_dim is None else cross_attention_dim
@@ -46,7 +44,6 @@ class Attention(nn.Module):
         self.head_padding = _padding(dim_head)
         self.scale = dim_head**-0.5
         self.residual_connection = residual_connection
-        self.rescale_output_factor = rescale_output_factor
         self.group_norm = None if norm_num_groups is None else GroupNorm(norm_num_groups, query_dim, eps=eps)
         self.to_q = nn.Linear(query_dim, inner_dim, bias=bias)
         self.to_k = nn.Linear(context_dim, inner_dim, bias=bias)
@@ -89,11 +86,7 @@ class Attention(nn.Module):
 
         if spatial:
             hidden_states = tokens_to_image(hidden_states, like=residual)
-        if self.residual_connection:
-            hidden_states = hidden_states + residual
-        if self.rescale_output_factor != 1.0:
-            hidden_states = hidden_states / self.rescale_output_factor
-        return hidden_states
+        return hidden_states + residual if self.residual_connection else hidden_states
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         """(B, S, heads * dim_head) to (B, heads, S, dim_head), a view; padded to a width the operation
