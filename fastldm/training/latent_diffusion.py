@@ -229,9 +229,10 @@ class LatentDiffusionTask:
 
     def _check_sampling(self) -> None:
         """Whatever would only fail at the first picture grid: parts that do not fit, prompts, steps."""
-        pipeline, sampling = self.pipeline(), self.config.sampling
+        sampling = self.config.sampling
         if sampling.prompts and self.config.conditioner.kind == "image":
             raise ConfigError("sampling.prompts has no meaning for conditioner.kind=image; leave it empty")
+        pipeline = self.pipeline()
         if sampling.prompts:
             pipeline.conditioner.prepare(sampling.prompts)
         pipeline.schedule.timesteps(sampling.num_inference_steps)
