@@ -1,9 +1,10 @@
 """Chooses the backend of every call, inside the custom op, and records what ran and why.
 
-`BACKENDS` is the one table of backends and `AUTO` the order of preference. A backend is a function `op -> Implementation`
-that raises UnsupportedError with a one-line reason where it has none. A new backend changes only this table.
+`BACKENDS` is the one table of backends, `AUTO` the order of preference. A backend is a function from the name
+of an operation to its Implementation; where it has none it raises UnsupportedError with a one-line reason. To
+add one, add it to the table.
 
-Because the choice is made when the op runs and not when it is traced, changing the policy never recompiles a compiled model.
+The choice is made when the op runs, not when it is traced, so changing the policy never recompiles a model.
 """
 
 from __future__ import annotations
@@ -143,8 +144,9 @@ def _check_name(name: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Sets what `backend="auto"` means in this context (thread or task).
 
-    A backend's name is a requirement: a call that it cannot do raises UnsupportedError. "auto" gives the choice
-    back to fastldm. A `backend=` argument at the call wins. Backward passes run under the policy of their forward.
+    A backend's name is a requirement: a call that it cannot do raises UnsupportedError. "auto" gives the
+    choice back to fastldm. A `backend=` argument at the call wins. Backward passes run under the policy of
+    their forward.
     """
     _check_name(name)
     token = _state.set(current_state()._replace(policy=name))
@@ -169,7 +171,8 @@ def record() -> Iterator[Recorder]:
 def remember(tensor: torch.Tensor) -> None:
     """Ties the state in force to the memory of `tensor`, which the forward saves for the backward.
 
-    The backward may run in another thread, outside the context, or from a compiled graph that can pass tensors only.
+    The backward may run in another thread, after the context has ended, or from a compiled graph, which
+    passes nothing but tensors.
     """
     state = _state.get()
     if state is not None:

@@ -17,9 +17,9 @@ def _supports_all(*args) -> None:
 class Implementation:
     """One operation on one backend.
 
-    `forward` and `supports` take the arguments of the operation, `backward` and `supports_backward` those of its
-    backward operation (schemas: `fastldm/ops`). The `supports` functions return None, or in one line why not;
-    they look at metadata only.
+    `forward` and `supports` take the arguments of the operation, `backward` and `supports_backward` those of
+    its backward operation (schemas: `fastldm/ops`). The `supports` functions return None, or in one line why
+    not; they look at metadata only.
     """
 
     forward: Callable
@@ -29,7 +29,8 @@ class Implementation:
 
 
 def in_layout_of(result: Tensor, like: Tensor) -> Tensor:
-    """`result`, of the shape and dtype of `like`, with the strides of `torch.empty_like(like)`; no copy where they agree."""
+    """`result`, of the shape of `like`, with the strides of `torch.empty_like(like)`; copies only if it
+    must."""
     if result.stride() == like.stride() and like.is_contiguous():
         return result
     wanted = torch.empty_like(like, dtype=result.dtype)

@@ -1,6 +1,7 @@
 """The backends made of fastldm's own kernels: `cpu` and `cuda` (compiled extension) and `triton`.
 
-Each function takes an operation's name and returns its Implementation, or raises UnsupportedError saying why not.
+Each function takes an operation's name and returns its Implementation, or raises UnsupportedError saying why
+not.
 """
 
 from __future__ import annotations

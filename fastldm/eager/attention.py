@@ -20,8 +20,9 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 _BLOCK_ELEMENTS = 1 << 24  # scores held at once by the blockwise path
-# Up to this Sq * Sk PyTorch's half-precision CPU backward takes longer than casting and its float32 one: on 2 cores
-# with AMX 20 against 4 ms at (64, 4, 64, 64, 32), 15 against 10 at (8, 8, 256, 256, 40), 36 against 53 at (2, 8, 1024, 1024, 80).
+# Up to this Sq * Sk PyTorch's half-precision CPU backward takes longer than casting and its float32 one: on 2
+# cores with AMX 20 against 4 ms at (64, 4, 64, 64, 32), 15 against 10 at (8, 8, 256, 256, 40), 36 against 53
+# at (2, 8, 1024, 1024, 80).
 _SMALL_SCORES = 256 * 256
 
 
@@ -66,10 +67,17 @@ def _forward(q, k, v, attn_mask, is_causal, scale, need_lse):
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal and mask is None, scale=scale)
     if mask is not None:
         out = out.masked_fill(_dead_rows(mask, q, k, False).unsqueeze(-1), 0.0)
-    return in_layout_of(out, q), q.new_empty(0, dtype=torch.promote_types(torch.float32, q.dtype))
+    return in_layout_of(out, q), _no_lse(q)
+
+
+def _no_lse(q: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.promote_types(torch.float32, q.dtype), device=q.device)
 
 
 def _forward_cpu(q, k, v, attn_mask, is_causal, scale, need_lse):
+    if attn_mask is None and not need_lse:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
+        return in_layout_of(out, q), _no_lse(q)
     q_, k_, v_ = _dense_last(q), _dense_last(k), _dense_last(v)
     mask = _additive(attn_mask, q, k, is_causal, merge_causal=False)
     out, lse = _flash(q_, k_, v_, 0.0, is_causal, attn_mask=mask, scale=scale)
@@ -79,7 +87,7 @@ def _forward_cpu(q, k, v, attn_mask, is_causal, scale, need_lse):
         if dead.any():
             out = out.masked_fill(dead.unsqueeze(-1), 0.0)
             lse = lse.masked_fill(dead, -math.inf)
-    return in_layout_of(out, q), lse.contiguous() if need_lse else lse.new_empty(0)
+    return in_layout_of(out, q), lse.contiguous() if need_lse else _no_lse(q)
 
 
 def _backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):

@@ -1,8 +1,8 @@
 """Group norm through PyTorch's own kernel, `native_group_norm`.
 
-Scale and shift differ from sample to sample, so with A = weight * (1 + scale), B = bias * (1 + scale) + shift, (N, C),
-the kernel runs with A and B as the affine part: at once over a contiguous tensor read as one sample of N * C channels in
-N * num_groups groups, else sample by sample.
+Scale and shift differ from sample to sample, so with A = weight * (1 + scale), B = bias * (1 + scale) +
+shift, (N, C), the kernel runs with A and B as the affine part: at once over a contiguous tensor read as one
+sample of N * C channels in N * num_groups groups, else sample by sample.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from torch import Tensor
 
 from fastldm.implementation import Implementation, in_layout_of
 
-_norm = torch.ops.aten.native_group_norm.default
 _norm_backward = torch.ops.aten.native_group_norm_backward.default
-_silu_backward = torch.ops.aten.silu_backward.default
+_silu_backward = torch.ops.aten.silu_backward.grad_input
 
-# The CPU kernel takes the variance of channels-last tensors as E[x^2] - E[x]^2, which loses log2(mean^2 / variance)
-# bits of 24. Past 4 bits the statistics are taken again in two passes.
+# PyTorch's CPU kernel takes the variance of channels-last tensors as E[x^2] - E[x]^2, which loses
+# log2(mean^2 / variance) bits of 24. Past 4 bits the contiguous kernel (Welford's method) takes over.
 _MAX_CANCELLATION = 16.0
 
 
@@ -27,29 +26,29 @@ def _stats_dtype(x: Tensor) -> torch.dtype:
 
 
 def _affine(x, weight, bias, scale, shift) -> tuple[Tensor | None, Tensor | None]:
-    """A and B: (C,) without scale and shift, else (N, C). float32 beside a smaller x on the CPU makes the kernel keep
-    its statistics in float32."""
+    """A and B: (C,) without scale and shift, else (N, C).
+
+    They are float32 beside a smaller x too: that is what makes the CPU kernel keep float32 statistics.
+    """
     dtype = _stats_dtype(x)
     if scale is None and shift is None:
-        # A float32 weight where there is none, only to have float32 statistics.
-        if weight is None and x.dtype != dtype:
+        # The kernel takes its statistics' dtype from the weight, and its backward fails with a bias alone.
+        if weight is None and (x.dtype != dtype or bias is not None):
             weight = x.new_ones(x.shape[1], dtype=dtype)
-        return tuple(p if p is None else p.to(dtype) for p in (weight, bias))
-    gain = (
-        1.0 + scale.to(_stats_dtype(x))
-        if scale is not None
-        else x.new_ones(x.shape[:2], dtype=_stats_dtype(x))
-    )
+        return tuple(p if p is None or p.dtype == dtype else p.to(dtype) for p in (weight, bias))
+    gain = x.new_ones(x.shape[:2], dtype=dtype) if scale is None else 1.0 + scale.to(dtype)
     a = gain if weight is None else gain * weight
-    b = 0.0 if bias is None else gain * bias
-    b = b + shift if shift is not None else (b if bias is not None else torch.zeros_like(gain))
-    return a.to(dtype), b.to(dtype)
+    b = torch.zeros_like(gain) if bias is None else gain * bias
+    return a.to(dtype), (b if shift is None else b + shift).to(dtype)
 
 
 def _input(x: Tensor, channel_bias: Tensor | None) -> Tensor:
     """x + channel_bias in a dtype and a layout that the kernel knows."""
     if channel_bias is not None:
-        x = in_layout_of(x + channel_bias.to(x.dtype).reshape(*x.shape[:2], *(1,) * (x.dim() - 2)), x)
+        # The sum of two float16 numbers in range may be out of range.
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        bias = channel_bias.to(dtype).reshape(*x.shape[:2], *(1,) * (x.dim() - 2))
+        x = in_layout_of(x.to(dtype) + bias, x)
     if x.device.type != "cpu":
         # Outside the CPU the kernel keeps its statistics in the dtype of x and knows one layout.
         return x.to(_stats_dtype(x)).contiguous()
@@ -57,9 +56,11 @@ def _input(x: Tensor, channel_bias: Tensor | None) -> Tensor:
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.dim() == dims and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous():
-            return memory_format
+    """The layout of x that the CPU kernel keeps, else contiguous."""
+    if not x.is_contiguous():
+        for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if x.dim() == dims and x.is_contiguous(memory_format=memory_format):
+                return memory_format
     return torch.contiguous_format
 
 
@@ -67,7 +68,7 @@ def _call(
     x: Tensor, a: Tensor | None, b: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels = x.shape[:2]
-    return _norm(x, a, b, batch, channels, x.numel() // (batch * channels), groups, eps)
+    return torch.native_group_norm(x, a, b, batch, channels, x.numel() // (batch * channels), groups, eps)
 
 
 def _normalize(x: Tensor, a: Tensor | None, b: Tensor | None, groups: int, eps: float):
@@ -86,22 +87,23 @@ def _normalize(x: Tensor, a: Tensor | None, b: Tensor | None, groups: int, eps: 
             y[n : n + 1] = part
             stats.append(stat)
         mean, rstd = (torch.cat(s) for s in zip(*stats))
-    mean, rstd = (s.to(_stats_dtype(x)).view(batch, groups) for s in (mean, rstd))
-    if (
-        x.device.type == "cpu"
-        and not x.is_contiguous()
-        and not (mean * rstd).square().max() <= _MAX_CANCELLATION
-    ):
-        return _normalize_twopass(x, a, b, groups, eps)
+    if mean.shape[0] != batch:
+        mean, rstd = mean.view(batch, groups), rstd.view(batch, groups)
+    if not x.is_contiguous() and _cancels(mean, rstd):
+        return _normalize_contiguous(x, a, b, groups, eps)
     return y, mean, rstd
+
+
+def _cancels(mean: Tensor, rstd: Tensor) -> bool:
+    return not (mean * rstd).square().max() <= _MAX_CANCELLATION
 
 
 def _one_sample(x: Tensor) -> Tensor:
     return x.view(1, x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-def _normalize_twopass(x: Tensor, a: Tensor | None, b: Tensor | None, groups: int, eps: float):
-    """The contiguous kernel, which uses Welford's method, on a copy; the result in the layout of x."""
+def _normalize_contiguous(x: Tensor, a: Tensor | None, b: Tensor | None, groups: int, eps: float):
+    """`_normalize` on a contiguous copy; the result in the layout of x."""
     y, mean, rstd = _normalize(x.contiguous(), a, b, groups, eps)
     return in_layout_of(y, x), mean, rstd
 
@@ -111,7 +113,7 @@ def _forward(x, num_groups, weight, bias, eps, activation, channel_bias, scale, 
     y, mean, rstd = _normalize(_input(x, channel_bias), a, b, num_groups, eps)
     if activation == "silu":
         F.silu(y, inplace=True)
-    return in_layout_of(y.to(x.dtype), x), mean, rstd
+    return in_layout_of(y if y.dtype == x.dtype else y.to(x.dtype), x), mean, rstd
 
 
 def _normalize_backward(grad, x, mean, rstd, a, groups, mask):
@@ -150,9 +152,12 @@ def _backward(
 ):
     a, b = _affine(x, weight, bias, scale, shift)
     work = _input(x, channel_bias)
+    if not work.is_contiguous() and _cancels(mean, rstd):
+        work = work.contiguous()
     grad = grad.to(work.dtype).contiguous(memory_format=_memory_format(work))
     if activation == "silu":
-        grad = _silu_backward(grad, _normalize(work, a, b, num_groups, eps)[0])
+        before = _normalize(work, a, b, num_groups, eps)[0]
+        grad = _silu_backward(grad, before, grad_input=before)
     need_x, need_weight, need_bias, need_channel_bias, need_scale, need_shift = needed
     mask = [need_x or need_channel_bias, need_weight or need_scale, need_bias or need_scale or need_shift]
     if a is not None and a.dim() == 2:

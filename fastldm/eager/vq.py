@@ -1,13 +1,15 @@
 """Nearest code by matrix products, exact: what float32 leaves open is ranked again in float64.
 
-For rows z' = z - c and codes e' = e - c (c the mean code, subtracted in float64, which makes the numbers small and the
-bound tight) the score ||e'_k||^2 - 2 z'.e'_k orders the codes as the distance does. Rounded to float32 its error is at most
+With z' = z - c and e' = e - c (c near the mean code, subtracted in float64: small numbers, small errors) the
+score ||e'_k||^2 - 2 z'.e'_k orders the codes as the distance does. In float32, for any order of summation, it
+is off by at most
 
-    bound = g * (E^2 + 2 ||z'|| E) + tiny,   g = n u / (1 - n u),   n = D + 8,   u = 2^-24,   E = max_k ||e'_k||
+    bound = g (E^2 + 2 ||z'|| E) + tiny,   g = n u / (1 - n u),   n = D + 8,   u = 2^-24,   E = max_k ||e'_k||
 
-for any order of summation (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); 8 covers the rounding of
-z', e', ||e'||^2 and the final subtraction, `tiny` products that underflow. So only codes within 2 * bound of the best score
-can be the nearest. One candidate is the answer; several are compared by their float64 distances.
+(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); the 8 pays for rounding z', e' and
+||e'||^2 to float32 and for the last addition, `tiny` for what underflows. So the best code is the nearest if
+the next one's score is more than 2 bound away. Otherwise the codes within 2 bound of the best are compared by
+their float64 distances.
 """
 
 from __future__ import annotations
@@ -16,66 +18,100 @@ import torch
 from torch import Tensor
 
 from fastldm.implementation import Implementation
+from fastldm.reference.vq import squared_distance
+from fastldm.reference.vq import vq_nearest as _nearest_directly
 
 _SCORES = 1 << 19  # float32 scores held at once: 2 MB
-_DOUBLES = 1 << 17  # float64 numbers held at once by the second ranking: 1 MB
-_TINY = 2.0**-126
+_DOUBLES = 1 << 17  # float64 numbers held at once beside them: 1 MB
+_SAFE = 1e38  # past this a float32 score can overflow on the way
 
 
-def _roundoff(z: Tensor) -> float:
-    """The unit roundoff of the inputs of a float32 matrix product: larger where the user lets PyTorch use TF32 or bfloat16."""
-    if torch.get_float32_matmul_precision() == "highest":
-        return 2.0**-24
-    return 2.0**-8
+def _input_roundoff() -> float:
+    """Unit roundoff of the inputs of a float32 matrix product; larger where the user allows TF32 or
+    bfloat16."""
+    return 2.0**-24 if torch.get_float32_matmul_precision() == "highest" else 2.0**-8
+
+
+class _Codes:
+    """The codebook, made ready for `scores`."""
+
+    def __init__(self, codebook: Tensor):
+        self.codebook = codebook
+        doubles = codebook.double()
+        self.centre = doubles.mean(dim=0)
+        centred = doubles - self.centre
+        norms = centred.square().sum(dim=1)
+        self.largest = norms.max().sqrt()
+        # One row more: the product with (-2 z', 1) is the score.
+        self.matrix = torch.cat([centred.t(), norms.unsqueeze(0)]).float()
+        inputs = _input_roundoff()
+        error = (codebook.shape[1] + 8) * 2.0**-24 + 3 * (inputs - 2.0**-24)
+        self.relative_error = error / (1.0 - error)
+
+    def rows(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(-2 z', 1) in float32, and the bound in float64, for the rows of z (R, D)."""
+        shifted = z.double() - self.centre
+        size = self.largest + 2.0 * shifted.square().sum(dim=1).sqrt()
+        tiny = z.shape[1] * 2.0**-124 * (1.0 + size)
+        size = size * self.largest
+        bound = (self.relative_error * size + tiny).masked_fill_(~(size < _SAFE), torch.inf)
+        return torch.cat([shifted.mul_(-2.0), shifted.new_ones(z.shape[0], 1)], dim=1).float(), bound
 
 
 def vq_nearest(z: Tensor, codebook: Tensor) -> Tensor:
     """The float64 argmin, without an N x K array. Arguments as `fastldm.ops.vq_nearest`."""
+    if z.numel() * codebook.shape[0] <= _DOUBLES // 4:
+        return _nearest_directly(z, codebook)
+    codes = _Codes(codebook)
     flat = z.reshape(-1, z.shape[-1])
-    centre = codebook.double().mean(dim=0)
-    centred = codebook.double() - centre
-    norms = centred.square().sum(dim=1)
-    largest = norms.max().sqrt()
-    transposed, norms = centred.float().t().contiguous(), norms.float()
-    n = (z.shape[-1] + 8) * 2.0**-24 + 3 * (_roundoff(z) - 2.0**-24)
-    relative = n / (1.0 - n)
-
-    rows = max(1, min(flat.shape[0], _SCORES // codebook.shape[0]))
-    scores = transposed.new_empty(rows, codebook.shape[0])
     indices = torch.empty(flat.shape[0], dtype=torch.int64, device=z.device)
-    for start in range(0, flat.shape[0], rows):
-        chunk = flat[start : start + rows]
-        shifted = chunk.double() - centre
-        bound = relative * (largest.square() + 2.0 * shifted.norm(dim=1) * largest) + z.shape[-1] * 4 * _TINY
-        score = torch.addmm(norms, shifted.float(), transposed, alpha=-2.0, out=scores[: chunk.shape[0]])
-        best = score.amin(dim=1)
-        # Rounded up, and "not greater" so that NaN counts as open.
-        limit = torch.nextafter((best.double() + 2.0 * bound).float(), best.new_tensor(torch.inf))
-        open_codes = (score > limit.unsqueeze(1)).logical_not_()
-        row, code = open_codes.nonzero(as_tuple=True)
-        if row.numel() == chunk.shape[0]:
-            indices[start : start + rows] = code
-        else:
-            indices[start : start + rows] = _rank_again(chunk, codebook, open_codes)
+    step = max(1, _DOUBLES // (z.shape[-1] + 1))
+    for block, found in zip(flat.split(step), indices.split(step)):
+        rows, bound = codes.rows(block)
+        gap = _best_and_gap(rows, codes.matrix, found)
+        # "Not greater", so that NaN counts as open.
+        still_open = (~(gap > 2.0 * bound)).nonzero().squeeze(1)
+        if still_open.numel():
+            found[still_open] = _rank_again(block[still_open], rows[still_open], bound[still_open], codes)
     return indices.reshape(z.shape[:-1])
 
 
-def _rank_again(chunk: Tensor, codebook: Tensor, open_codes: Tensor) -> Tensor:
-    """The candidate of least float64 distance in each row, the lowest of equals."""
-    row, code = open_codes.nonzero(as_tuple=True)
-    distance = torch.cat(
-        [
-            (chunk[r].double() - codebook[c].double()).square().sum(dim=1)
-            for r, c in zip(*(x.split(max(1, _DOUBLES // chunk.shape[1])) for x in (row, code)))
-        ]
-    )
-    rows = chunk.shape[0]
-    least = distance.new_full((rows,), torch.inf).scatter_reduce_(0, row, distance, "amin")
-    # A row whose distances are all NaN or infinite keeps every candidate, so it gets index 0.
-    winner = ~(distance > least[row])
-    return torch.full((rows,), codebook.shape[0] - 1, device=code.device).scatter_reduce_(
-        0, row[winner], code[winner], "amin"
-    )
+def _best_and_gap(rows: Tensor, matrix: Tensor, found: Tensor) -> Tensor:
+    """Writes the code of the best score of each row to `found`; how far the next score is, float64."""
+    step = min(rows.shape[0], max(1, _SCORES // matrix.shape[1]))
+    scores = rows.new_empty(step, matrix.shape[1])
+    best, following = rows.new_empty(2, rows.shape[0])
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        score = torch.mm(rows[part], matrix, out=scores[: rows[part].shape[0]])
+        torch.min(score, dim=1, out=(best[part], found[part]))
+        score.scatter_(1, found[part].unsqueeze(1), torch.inf)
+        torch.amin(score, dim=1, out=following[part])
+    return following.double() - best
+
+
+def _rank_again(block: Tensor, rows: Tensor, bound: Tensor, codes: _Codes) -> Tensor:
+    """For each row the candidate of least float64 distance, the lowest of equals."""
+    count = codes.matrix.shape[1]
+    step = max(1, _DOUBLES // count)
+    found = []
+    for z, row, slack in zip(block.split(step), rows.split(step), bound.split(step)):
+        score = row @ codes.matrix
+        limit = (score.amin(dim=1).double() + 2.0 * slack).float()
+        limit = torch.nextafter(limit, torch.full_like(limit, torch.inf))
+        owner, code = (~(score > limit.unsqueeze(1))).nonzero(as_tuple=True)
+        distance = torch.cat(
+            [
+                squared_distance(z[o].double(), codes.codebook[c].double())
+                for o, c in zip(*(x.split(max(1, _DOUBLES // z.shape[1])) for x in (owner, code)))
+            ]
+        )
+        least = distance.new_full((z.shape[0],), torch.inf).scatter_reduce_(0, owner, distance, "amin")
+        # In a row of NaN or infinity no distance is greater, so every code stays and 0 wins.
+        winner = ~(distance > least[owner])
+        lowest = code.new_full((z.shape[0],), count)
+        found.append(lowest.scatter_reduce_(0, owner[winner], code[winner], "amin"))
+    return torch.cat(found)
 
 
 def vq_ema_update(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:

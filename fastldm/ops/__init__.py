@@ -1,4 +1,5 @@
-"""The public operations. Each is a `torch.library` custom op: works with autograd, autocast and torch.compile."""
+"""The public operations, each a `torch.library` custom op with autograd, autocast and fake (compile)
+rules."""
 
 from __future__ import annotations
 

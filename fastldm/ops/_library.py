@@ -23,8 +23,8 @@ def define(
 ) -> torch._ops.OpOverload:
     """Registers `fastldm::<schema>` and returns the op.
 
-    Under autocast the first `autocast_tensors` arguments are cast to the autocast dtype (float64 is left alone) and
-    the kernel runs with autocast off, so that PyTorch ops inside a backend do not cast once more.
+    Under autocast the first `autocast_tensors` arguments are cast to the autocast dtype (float64 is left
+    alone) and the kernel runs with autocast off, so that PyTorch ops inside a backend do not cast once more.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -21,24 +21,26 @@ def attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Scaled dot-product attention in the layout and with the names of `torch.nn.functional.scaled_dot_product_attention`.
+    """Scaled dot-product attention, with the layout and names of PyTorch's `scaled_dot_product_attention`.
 
     Args:
         q: (B, H, Sq, D), float32, bfloat16, float16 or float64, any strides; D in 8, 16, ..., 256 or 512.
         k, v: (B, H, Sk, D), dtype and device of `q`. Under autocast all three are cast to the autocast dtype.
-        attn_mask: bool (True = attend) or floating point (added to the scores), broadcastable to (B, H, Sq, Sk);
-            or bool (B, Sk), a key-padding mask. No gradient reaches it.
-        is_causal: query i sees keys 0..i (aligned at the top left, as in PyTorch); together with a mask both apply.
+        attn_mask: bool (True = attend) or floating point (added to the scores), broadcastable to (B, H, Sq,
+            Sk); or bool (B, Sk), a key-padding mask. No gradient reaches it.
+        is_causal: query i sees keys 0..i (aligned at the top left, as in PyTorch); together with a mask both
+            apply.
         scale: factor on the scores, 1 / sqrt(D) by default.
         backend: "auto" or the name of a backend, which is a requirement.
 
     Returns:
-        (B, H, Sq, D) in the dtype of `q` and the strides of `torch.empty_like(q)`. A row with every key masked, and
-        every row when Sk is 0, is 0 with gradient 0.
+        (B, H, Sq, D) in the dtype of `q` and the strides of `torch.empty_like(q)`. A row with every key
+        masked, and every row when Sk is 0, is 0 with gradient 0.
 
     Raises:
         TypeError: a dtype that is not floating point, a mask that is neither bool nor floating point.
-        ValueError: shapes, dtypes or devices that do not fit together, a head dim out of range, a mask that requires grad.
+        ValueError: shapes, dtypes or devices that do not fit together, a head dim out of range, a mask that
+            requires grad.
         UnsupportedError: a backend asked for by name cannot do this call.
     """
     args = prepare(q, k, v, attn_mask, is_causal=is_causal, scale=scale)
@@ -86,8 +88,8 @@ def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     if mask.dtype == torch.bool and mask.dim() == 2 and mask.shape == (wanted[0], wanted[3]):
         if wanted[0] == wanted[2] and wanted[0] > 1:
             raise ValueError(
-                f"a bool mask {_shape(mask)} could be (Sq, Sk) or (B, Sk) here; pass it as mask[None, None] or "
-                "as mask[:, None, None]"
+                f"a bool mask {_shape(mask)} could be (Sq, Sk) or (B, Sk) here; pass mask[None, None] or "
+                "mask[:, None, None]"
             )
         return mask[:, None, None, :]
     fits = 1 <= mask.dim() <= 4 and all(
@@ -144,8 +146,8 @@ def _backward(ctx, grad_out, grad_lse):
 
 
 _attention_backward = define(
-    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? attn_mask, "
-    "bool is_causal, float? scale, str backend) -> (Tensor, Tensor, Tensor)",
+    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor? attn_mask, bool is_causal, float? scale, str backend) -> (Tensor, Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,
 )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from fastldm import dispatch
-import fastldm.ops.vq as vq
 from fastldm.ops.attention import prepare as prepare_attention
 from fastldm.ops.group_norm import prepare as prepare_group_norm
+from fastldm.ops.vq import prepare_ema_update, prepare_nearest
 
 _PREPARE = {
     "attention": ("attention", prepare_attention),
     "group_norm": ("group_norm", prepare_group_norm),
-    "vq_nearest": ("vq_nearest", vq.prepare_nearest),
-    "vq_quantize": ("vq_nearest", vq.prepare_nearest),
-    "vq_ema_update": ("vq_ema_update", vq.prepare_ema_update),
+    "vq_nearest": ("vq_nearest", prepare_nearest),
+    "vq_quantize": ("vq_nearest", prepare_nearest),
+    "vq_ema_update": ("vq_ema_update", prepare_ema_update),
 }
 
 

@@ -22,20 +22,25 @@ def group_norm(
     shift: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`act(GN(x + channel_bias[n, c]) * (1 + scale[n, c]) + shift[n, c])`, GN affine with `weight[c]` and `bias[c]`.
+    """`act(GN(x + channel_bias[n, c]) * (1 + scale[n, c]) + shift[n, c])`.
 
     Args:
-        x: (N, C, *spatial) of 2 to 5 dimensions, floating point; contiguous, channels-last or any other dense layout.
+        x: (N, C, *spatial) of 2 to 5 dimensions, floating point; contiguous, channels-last or any other dense
+            layout.
         num_groups: divides C.
-        weight, bias: (C,), floating point; float32 parameters with a bfloat16 or float16 `x` are fine.
+        weight, bias: the affine part of GN, (C,), floating point; float32 parameters with a bfloat16 or
+            float16 `x` are fine.
         eps: added to the variance.
         activation: None or "silu".
-        channel_bias, scale, shift: (N, C), floating point (the time embedding of a residual block, before or after).
+        channel_bias, scale, shift: (N, C), floating point (the time embedding of a residual block, before or
+            after).
         backend: "auto" or the name of a backend, which is a requirement.
 
     Returns:
-        Shape and dtype of `x`, strides of `torch.empty_like(x)`. Statistics are float32 at least (float64 for float64).
-        Autocast changes nothing: the statistics do not profit from a smaller dtype, and casting `x` up, as PyTorch
+        Shape and dtype of `x`, strides of `torch.empty_like(x)`. Statistics are float32 (float64 for
+        float64).
+        Autocast changes nothing: the statistics do not profit from a smaller dtype, and casting `x` up, as
+            PyTorch
         does on CUDA, doubles the memory traffic of an operation that is memory traffic only.
 
     Raises:
@@ -247,8 +252,8 @@ def _backward(ctx, grad, grad_mean, grad_rstd):
 
 _group_norm_backward = define(
     "group_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, int num_groups, Tensor? weight, "
-    "Tensor? bias, float eps, str? activation, Tensor? channel_bias, Tensor? scale, Tensor? shift, bool[] needed, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? bias, float eps, str? activation, Tensor? channel_bias, Tensor? scale, Tensor? shift, "
+    "bool[] needed, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,
 )

@@ -18,8 +18,9 @@ def vq_nearest(z: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
         backend: "auto" or the name of a backend, which is a requirement.
 
     Returns:
-        int64 (...): the float64 argmin over k of `||z - codebook[k]||^2` of the values given, the lowest index on
-        exact ties, the same on every backend. A row of `z` with NaN or infinity gives 0. No gradient.
+        int64 (...): the float64 argmin over k of `||z - codebook[k]||^2` of the values given, the lowest
+        index on exact ties, the same on every backend. A row of `z` with NaN or infinity gives 0. No
+        gradient.
 
     Raises:
         TypeError: an argument that is not floating point.
@@ -36,8 +37,8 @@ def vq_quantize(z: Tensor, codebook: Tensor, *, backend: str = "auto") -> tuple[
     Arguments and errors as `vq_nearest`.
 
     Returns:
-        z_q: (..., D), exactly `codebook[indices]` in the dtype of `z`. Its gradient goes to `z` unchanged and none to
-            the codebook (arXiv 1711.00937, section 3.2).
+        z_q: (..., D), exactly `codebook[indices]` in the dtype of `z`. Its gradient goes to `z` unchanged and
+            none to the codebook (arXiv 1711.00937, section 3.2).
         indices: int64 (...).
     """
     return _vq_quantize(*prepare_nearest(z, codebook), backend)

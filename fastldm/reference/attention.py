@@ -52,7 +52,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """(out (B, H, Sq, D), lse (B, H, Sq)), computed and returned in `dtype`.
 
-    `dtype` defaults to float32 (float64 for float64 inputs). Masks as `fastldm.ops.attention` takes them, 4-D.
+    `dtype` defaults to float32 (float64 for float64 inputs). Masks as in
+    `fastldm.ops.attention`, 4-D.
     """
     dtype = _compute_dtype(q, dtype)
     probabilities, lse = _probabilities(q, k, attn_mask, is_causal, scale, dtype)

@@ -3,12 +3,12 @@
 With x' = x + channel_bias[n, c], the mean m and the variance s^2 (over the group's channels and positions),
     xhat = (x' - m) * r,   r = 1 / sqrt(s^2 + eps)
     u = (xhat * weight[c] + bias[c]) * (1 + scale[n, c]) + shift[n, c],   y = act(u)
-Backward, for the gradient g of y (Wu and He, arXiv 1803.08494, differentiated by the chain rule); sums over positions:
+Backward, for the gradient g of y (arXiv 1803.08494, differentiated by the chain rule; sums over positions):
     du = g * act'(u),   A = weight * (1 + scale)
     dshift = sum du,   dscale = sum du * (xhat * weight + bias)
     dweight = sum_n (1 + scale) * sum du * xhat,   dbias = sum_n (1 + scale) * sum du
-    dx = r * (du * A - mean(du * A) - xhat * mean(du * A * xhat)),  means over the group,   dchannel_bias = sum dx
-    silu'(u) = sigmoid(u) * (1 + u * (1 - sigmoid(u)))
+    dx = r * (du * A - mean(du * A) - xhat * mean(du * A * xhat)), means over the group;   dchannel_bias = sum
+    dx silu'(u) = sigmoid(u) * (1 + u * (1 - sigmoid(u)))
 """
 
 from __future__ import annotations

@@ -7,19 +7,31 @@ from torch import Tensor
 
 from fastldm.implementation import Implementation
 
-_MAX_ELEMENTS = 1 << 20  # float64 numbers held at once: 8 MB
+_MAX_ELEMENTS = 1 << 18  # distances held at once: 2 MB
+
+
+def squared_distance(z: Tensor, codes: Tensor) -> Tensor:
+    """sum_d (z_d - code_d)^2 over the last dimension of two float64 tensors that broadcast.
+
+    Added in the order of d, each square rounded before it is added: the order decides which of two codes at
+        the same real
+    distance comes out nearer, so all backends keep to this one.
+    """
+    total = (z[..., 0] - codes[..., 0]).square()
+    for d in range(1, z.shape[-1]):
+        total += (z[..., d] - codes[..., d]).square()
+    return total
 
 
 def vq_nearest(z: Tensor, codebook: Tensor) -> Tensor:
-    """argmin_k sum_d (z_d - codebook_kd)^2 in float64 by direct differences; z (..., D), codebook (K, D), int64 (...).
+    """argmin_k `squared_distance(z, codebook[k])`; z (..., D), codebook (K, D), result int64 (...).
 
     The lowest index wins a tie. A row with NaN or infinity in z has no nearest code and gets 0.
     """
     flat, codes = z.reshape(-1, z.shape[-1]), codebook.double()
-    rows = max(1, _MAX_ELEMENTS // max(1, codes.numel()))
+    rows = max(1, _MAX_ELEMENTS // codes.shape[0])
     indices = [
-        (chunk.double().unsqueeze(1) - codes).square().sum(dim=-1).argmin(dim=-1)
-        for chunk in flat.split(rows)
+        squared_distance(chunk.double().unsqueeze(1), codes).argmin(dim=-1) for chunk in flat.split(rows)
     ]
     return torch.cat(indices).reshape(z.shape[:-1])
 

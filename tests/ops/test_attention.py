@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import pytest
+import torch
+
+from fastldm import ops, reference
+from fastldm.errors import UnsupportedError
+from fastldm.testing import assert_as_accurate, live_backends, plain_attention
+from fastldm.testing.inputs import ATTENTION_LAYOUTS, MASKS, attention_inputs, attention_mask
+from fastldm.testing.shapes import ATTENTION, AttentionShape
+
+BACKENDS = live_backends("attention")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMALL = AttentionShape(2, 3, 33, 17, 16)
+
+
+def run(function, inputs, **arguments):
+    """Output and gradients of q, k, v."""
+    q, k, v, grad = inputs
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = function(*leaves, **arguments)
+    return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+
+def check(backend, inputs, mask=None, **arguments):
+    """Output and gradients of one backend by the error rule, against float64 autograd."""
+    results = run(ops.attention, inputs, attn_mask=mask, backend=backend, **arguments)
+    plain_mask = mask if mask is None or mask.dtype == torch.bool else mask.to(inputs[0].dtype)
+    plain = run(plain_attention, inputs, attn_mask=plain_mask, **arguments)
+    doubles = [x.double() for x in inputs]
+    truth = run(plain_attention, doubles, attn_mask=mask, **arguments)
+    for name, result, exact, rough in zip(("out", "dq", "dk", "dv"), results, truth, plain):
+        assert result.dtype == inputs[0].dtype
+        assert_as_accurate(result, exact, rough, name, terms=terms(inputs))
+    return results
+
+
+def terms(inputs):
+    """The longest sum: over keys or queries, of what are sums over the head dim."""
+    q, k, _, _ = inputs
+    return max(q.shape[2], k.shape[2]) + q.shape[3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_shapes(name, dtype, backend):
+    check(backend, attention_inputs(ATTENTION[name], dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_key(dtype, backend):
+    """The output is v and dq, dk are 0 by cancellation: of two dot products of length D, each rounded."""
+    inputs = q, k, v, grad = attention_inputs(AttentionShape(2, 2, 5, 1, 16), dtype)
+    out, dq, dk, dv = run(ops.attention, inputs, backend=backend)
+    assert torch.equal(out, v.expand_as(out))
+    assert_as_accurate(dv, grad.double().sum(dim=2, keepdim=True), grad.sum(dim=2, keepdim=True), "dv", terms=5)
+    difference = 2 * 16 * torch.finfo(dtype).eps * (grad.double().norm(dim=-1) *
+    v.double().norm(dim=-1)).max() assert dq.abs().max() <= difference * k.double().norm(dim=-1).max() / 4
+    assert dk.abs().max() <= difference * q.double().norm(dim=-1).sum(dim=2).max() / 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks(kind, dtype, is_causal, backend):
+    inputs = attention_inputs(SMALL, dtype)
+    mask = attention_mask(SMALL, kind)
+    out, dq, _, _ = check(backend, inputs, mask, is_causal=is_causal)
+    if kind in ("bool", "bool-broadcast", "float"):
+        dead = SMALL.queries // 2
+        assert (out[:, :, dead] == 0).all()
+        assert (dq[:, :, dead] == 0).all()
+    if kind == "padding":
+        assert (out[0] == 0).all()
+        assert (dq[0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ATTENTION_LAYOUTS)
+def test_layouts(layout, backend):
+    inputs = attention_inputs(ATTENTION["sd15-text-40"], torch.float32, layout=layout)
+    results = check(backend, inputs)
+    q, k, v, _ = inputs
+    for result, like in zip(results, (q, q, k, v)):
+        assert result.stride() == torch.empty_like(like).stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_and_strided_inputs(backend):
+    q, k, v, grad = attention_inputs(AttentionShape(2, 2, 9, 7, 16), torch.float32)
+    strided = torch.stack([q, q], dim=-1)[..., 0]
+    assert strided.stride(-1) == 2
+    expanded = k[:, :1].expand(2, 2, 7, 16)
+    check(backend, (strided, expanded, v, grad))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_sum_exp(dtype, backend):
+    q, k, v, _ = attention_inputs(SMALL, dtype)
+    mask = attention_mask(SMALL, "bool")
+    _, lse = torch.ops.fastldm.attention(q, k, v, mask, False, 0.2, True, backend)
+    scores = (q.double() @ k.double().transpose(-2, -1) * 0.2).masked_fill(~mask, -torch.inf)
+    truth = torch.logsumexp(scores, dim=-1)
+    assert lse.dtype == dtype
+    assert (lse[:, :, SMALL.queries // 2] == -torch.inf).all()
+    torch.testing.assert_close(lse.double(), truth, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale_and_large_scores(backend):
+    q, k, v, grad = attention_inputs(SMALL, torch.float32)
+    check(backend, (q, k, v, grad), scale=0.5)
+    check(backend, (5.0 * q, 5.0 * k, v, grad))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_in_its_batch(backend):
+    q, k, v, _ = attention_inputs(SMALL, torch.float32)
+    clean = ops.attention(q, k, v, backend=backend)
+    q[0, 0, 3, 0] = torch.nan
+    out = ops.attention(q, k, v, backend=backend)
+    assert out[0, 0, 3].isnan().all()
+    out[0, 0, 3] = clean[0, 0, 3]
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 2, 5, 3, 8), (2, 0, 5, 3, 8), (2, 2, 0, 3, 8), (2, 2, 5, 0, 8)])
+def test_empty(shape, backend):
+    q, k, v, grad = attention_inputs(AttentionShape(*shape), torch.float32)
+    for result, like in zip(run(ops.attention, (q, k, v, grad), backend=backend), (q, q, k, v)):
+        assert torch.equal(result, torch.zeros_like(like))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_runs_are_bit_equal(backend):
+    inputs = attention_inputs(ATTENTION["sd15-text-40"], torch.bfloat16)
+    first, second = (run(ops.attention, inputs, backend=backend) for _ in range(2))
+    for a, b in zip(first, second):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_key_padding_mask_of_two_dimensions(backend):
+    q, k, v, _ = attention_inputs(SMALL, torch.float32)
+    keep = torch.arange(SMALL.keys) < torch.tensor([[5], [17]])
+    short = ops.attention(q, k, v, keep, backend=backend)
+    assert torch.equal(short, ops.attention(q, k, v, keep[:, None, None], backend=backend))
+    truth = plain_attention(q[:1].double(), k[:1, :, :5].double(), v[:1, :, :5].double())
+    torch.testing.assert_close(short[:1].double(), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_reference_formulas_against_autograd():
+    shape = AttentionShape(2, 2, 6, 5, 8)
+    inputs = attention_inputs(shape, torch.float64)
+    mask = attention_mask(shape, "float")
+    q, k, v, grad = inputs
+    for is_causal in (False, True):
+        truth = run(plain_attention, inputs, attn_mask=mask, is_causal=is_causal)
+        out, _ = reference.attention(q, k, v, mask, is_causal=is_causal)
+        grads = reference.attention_backward(grad, q, k, v, mask, is_causal=is_causal)
+        for result, exact in zip((out, *grads), truth):
+            torch.testing.assert_close(result, exact, rtol=1e-12, atol=1e-13)
+
+
+def test_blockwise_path_of_the_torch_backend(monkeypatch):
+    """The path for devices other than the CPU, which is plain PyTorch and so can be checked here."""
+    eager = importlib.import_module("fastldm.eager.attention")
+    monkeypatch.setattr(eager, "_BLOCK_ELEMENTS", 500)
+    shape = AttentionShape(2, 2, 23, 11, 16)
+    for dtype in (torch.float32, torch.float16):
+        inputs = attention_inputs(shape, dtype)
+        q, k, v, grad = inputs
+        for kind, is_causal in itertools.product(("none", "bool", "float", "padding"), (False, True)):
+            mask = attention_mask(shape, kind)
+            arguments = {"attn_mask": mask, "is_causal": is_causal}
+            truth = run(plain_attention, [x.double() for x in inputs], **arguments)
+            plain_mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+            plain = run(plain_attention, inputs, attn_mask=plain_mask, is_causal=is_causal)
+            out, lse = eager._forward_blocks(q, k, v, mask, is_causal, None)
+            grads = eager._backward_blocks(grad, q, k, v, out, lse, mask, is_causal, None)
+            for result, exact, rough in zip((out, *grads), truth, plain):
+                assert_as_accurate(result, exact, rough, f"{kind} {is_causal}", terms=terms(inputs))
+
+
+Q = torch.randn(2, 2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((Q[0], Q, Q), ValueError, r"\(B, H, S, D\)"),
+        ((Q.long(), Q.long(), Q.long()), TypeError, "floating point"),
+        ((Q, Q.double(), Q), ValueError, "one dtype"),
+        ((Q, Q.to("meta"), Q), ValueError, "one device"),
+        ((Q, Q[:1], Q[:1]), ValueError, "repeat the key heads|B, H, D"),
+        ((Q, Q, Q[:, :, :2]), ValueError, "k and v must be"),
+        ((Q[..., :4], Q[..., :4], Q[..., :4]), ValueError, "head dim"),
+        ((torch.randn(1, 1, 2, 264),) * 3, ValueError, "head dim"),
+        ((Q, Q, Q, torch.ones(3, 4, dtype=torch.bool)), ValueError, "does not broadcast"),
+        ((Q, Q, Q, torch.ones(1, 1, 1, 4, 4)), ValueError, "does not broadcast"),
+        ((Q, Q, Q, torch.ones(4, 4, dtype=torch.int64)), TypeError, "attn_mask must be bool"),
+        ((Q, Q, Q, torch.zeros(4, 4, requires_grad=True)), ValueError, "requires grad"),
+        ((Q, Q, Q, torch.ones(4, 4, device="meta")), ValueError, "device"),
+        ((Q[:, :, :2], Q, Q, torch.ones(2, 4, dtype=torch.bool)), ValueError, "could be"),
+    ],
+)
+def test_refused_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.attention(*arguments)
+
+
+def test_unknown_and_absent_backends():
+    with pytest.raises(ValueError, match="unknown backend 'tritn'"):
+        ops.attention(Q, Q, Q, backend="tritn")
+    with pytest.raises(UnsupportedError, match="'reference' cannot|no CUDA"):
+        ops.attention(Q, Q, Q, backend="cuda")
