@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.run(parsed)
     except KeyboardInterrupt as interrupt:
-        print(f"fastldm: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"fastldm: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except FastLDMError as error:
         if os.environ.get("FASTLDM_TRACEBACK") == "1":

@@ -34,12 +34,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def use_backend(name: str) -> AbstractContextManager[None]:
     """The context in which every operation runs on backend `name`."""
-    import fastldm
+    from fastldm import dispatch
 
-    try:
-        return fastldm.use_backend(name)
-    except ValueError as error:
-        raise InputError(f"--backend {name}: {error}") from error
+    if name != "auto" and name not in dispatch.BACKENDS:
+        raise InputError(f"--backend {name} is not known; use one of: auto, {', '.join(dispatch.BACKENDS)}")
+    return dispatch.use_backend(name)
 
 
 def load_pipeline(arguments: argparse.Namespace) -> LatentDiffusionPipeline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from fastldm.cli.common import (
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
             num_inference_steps=arguments.num_inference_steps,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
+            progress=sys.stderr.isatty(),
         )
     print(report)
     write_file(out, f"{json.dumps(report.to_dict(), indent=2)}\n".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
                 num_images_per_prompt=arguments.num_images,
                 eta=arguments.eta,
                 generator=torch.Generator().manual_seed(arguments.seed),
+                progress=sys.stderr.isatty(),
             ).images
         sampled = time.perf_counter()
     if len(images) == 1:

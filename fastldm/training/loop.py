@@ -147,7 +147,8 @@ class _Run:
             )
         except ValueError as error:
             raise ConfigError(
-                f"mixed_precision={config.mixed_precision} cannot be used here: {error}"
+                f"mixed_precision={config.mixed_precision} after a run with another one in the same process: "
+                "accelerate fixes it once; start a new process"
             ) from error
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()

@@ -1,0 +1,170 @@
+"""`fastldm sample` and `fastldm evaluate`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastldm import dispatch
+from fastldm.cli import main
+from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
+
+CAPTION = "a large red circle at the top left"
+
+
+@pytest.fixture
+def sample(model, tmp_path):
+    """sample(*arguments) -> the picture that was written."""
+
+    def run(*arguments):
+        out = tmp_path / "out.png"
+        assert main(["sample", *arguments, "--model", str(model), "--out", str(out)]) == 0
+        return np.asarray(Image.open(out))
+
+    return run
+
+
+def test_a_caption_becomes_a_picture_and_the_command_says_how(sample, capsys, tmp_path):
+    assert sample(CAPTION).shape == (32, 32, 3)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == str(tmp_path / "out.png")
+    words = [line.split() for line in said[1:]]
+    ops = {line[0]: line[1:] for line in words}
+    assert {"attention", "group_norm", "vq_nearest", "load", "sample"} == ops.keys()
+    assert ops["attention"][0] in dispatch.BACKENDS
+    assert float(ops["sample"][0]) > 0
+    assert ops["sample"][1] == "s"
+
+
+def test_the_seed_alone_decides(sample):
+    one, same, other = sample(CAPTION), sample(CAPTION), sample(CAPTION, "--seed", "1")
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_several_pictures_become_a_grid(sample):
+    grid = sample(CAPTION, "a small blue star", "--num-images", "2")
+    assert grid.shape[0] > 2 * 32
+    assert grid.shape[1] > 2 * 32
+
+
+def test_words_without_quotes_are_one_caption(sample):
+    assert np.array_equal(sample(*CAPTION.split()), sample(CAPTION))
+
+
+def test_flags_reach_the_pipeline(sample, monkeypatch):
+    calls = []
+    real = LatentDiffusionPipeline.__call__
+
+    def spy(self, prompt, **settings):
+        calls.append({"prompt": prompt, "sampler": self.sampler, **settings})
+        return real(self, prompt, **settings)
+
+    monkeypatch.setattr(LatentDiffusionPipeline, "__call__", spy)
+    sample(CAPTION)
+    sample(
+        *[CAPTION, "--guidance-scale", "1.5", "--num-inference-steps", "3", "--sampler", "ddim"],
+        *["--eta", "1", "--negative-prompt", "a blue star", "--num-images", "2", "--seed", "7"],
+    )
+    sample(CAPTION, "--sampler", "ddpm")
+    plain, told, ddpm = calls
+    assert plain["prompt"] == told["prompt"] == [CAPTION]
+    assert (plain["guidance_scale"], told["guidance_scale"]) == (None, 1.5)
+    assert (plain["num_inference_steps"], told["num_inference_steps"]) == (None, 3)
+    assert (plain["eta"], told["eta"]) == (0.0, 1.0)
+    assert (plain["negative_prompt"], told["negative_prompt"]) == (None, "a blue star")
+    assert (plain["num_images_per_prompt"], told["num_images_per_prompt"]) == (1, 2)
+    assert told["generator"].initial_seed() == 7
+    assert (plain["sampler"], told["sampler"], ddpm["sampler"]) == ("ddim", "ddim", "ddpm")
+
+
+def test_a_backend_that_is_named_is_used(sample, capsys):
+    sample(CAPTION, "--backend", "reference")
+    assert "attention      reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model", "absent"], "absent"),
+        (["--num-images", "0"], "ask for at least one"),
+        (["--num-inference-steps", "0"], "num_inference_steps=0"),
+        (["--num-inference-steps", "1001"], "num_inference_steps=1001"),
+        (["--eta", "2"], "eta"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--backend", "tritton"], "--backend tritton is not known; use one of: auto, reference"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--negative-prompt", "a zebra"], "'zebra'"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(fails, model, tmp_path, flags, said):
+    assert said in fails("sample", CAPTION, "--model", model, "--out", tmp_path / "out.png", *flags)
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_words_the_model_has_never_seen_are_named(fails, model, tmp_path):
+    line = fails("sample", "a large crimson circle", "--model", model, "--out", tmp_path / "out.png")
+    assert "'crimson'" in line
+    assert "circle" in line
+
+
+def test_a_caption_longer_than_the_window_is_cut_and_said(sample, capfd):
+    sample("a red circle " * 4 + "at the top left")
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fastldm: warning: ")]
+    assert len(warnings) == 1
+    assert "'red circle at the top left' is cut off" in warnings[0]
+
+
+@pytest.mark.parametrize("out", ["absent/out.png", "."])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(fails, tmp_path, monkeypatch, out):
+    def load(arguments):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("fastldm.cli.sample.load_pipeline", load)
+    assert "cannot write" in fails("sample", CAPTION, "--out", tmp_path / out)
+
+
+def test_an_output_that_fails_while_it_is_written(fails, model, tmp_path, monkeypatch):
+    out = tmp_path / "out.png"
+    out.write_bytes(b"old")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device" in fails("sample", CAPTION, "--model", model, "--out", out)
+    assert out.read_bytes() == b"old"
+
+
+def test_a_checkpoint_of_another_architecture_names_the_keys(fails, model, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    config = json.loads((broken / "unet" / "config.json").read_text())
+    (broken / "unet" / "config.json").write_text(json.dumps({**config, "layers_per_block": 2}))
+    line = fails("sample", CAPTION, "--model", broken, "--out", tmp_path / "out.png")
+    assert "missing (down_blocks." in line
+
+
+def test_evaluate_writes_numbers_and_pictures(model, tmp_path, capsys):
+    out = tmp_path / "numbers.json"
+    flags = ["--num-captions", "2", "--guidance-scale", "1", "2", "--num-inference-steps", "1"]
+    assert main(["evaluate", "--model", str(model), "--out", str(out), *flags]) == 0
+    report = json.loads(out.read_text())
+    assert report["num_captions"] == 2
+    scales = {row["guidance_scale"] for row in report["rows"] if row["pictures"] == "samples"}
+    assert scales == {1.0, 2.0}
+    assert Image.open(tmp_path / "numbers.png").width > 32
+    said = capsys.readouterr().out
+    assert "held-out" in said
+    assert str(out) in said
+
+
+def test_evaluate_refuses_what_it_cannot_do(fails, model, tmp_path):
+    assert "cannot write" in fails("evaluate", "--out", tmp_path / "absent" / "x.json")
+    line = fails("evaluate", "--model", model, "--num-captions", "0", "--out", tmp_path / "x.json")
+    assert "num_captions" in line

@@ -1,0 +1,126 @@
+"""`fastldm train`."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastldm.cli import main
+from fastldm.models.vq_model import VQModel
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def train(*arguments) -> int:
+    return main(["train", *map(str, arguments)])
+
+
+def test_train_prints_the_exported_folder_and_resumes(vq_file, tmp_path, capsys):
+    assert train("vq", "--config", vq_file, "max_steps=2", "name=a", "batch_size=3") == 0
+    folder = Path(capsys.readouterr().out.strip())
+    assert folder == tmp_path / "runs" / "a" / "model"
+    VQModel.from_pretrained(folder)
+    assert train("vq", "--config", vq_file, "name=a", "--resume", "batch_size=3", "max_steps=4") == 0
+    assert (tmp_path / "runs" / "a" / "checkpoints" / "step-000004").is_dir()
+
+
+def test_what_is_wrong_with_a_configuration_is_named(vq_file, fails, tmp_path):
+    assert "absent.yaml" in fails("train", "vq", "--config", tmp_path / "absent.yaml")
+    assert "did you mean batch_size" in fails("train", "vq", "--config", vq_file, "batchsize=3")
+    assert "optimizer.lr" in fails("train", "vq", "--config", vq_file, "optimizer.lr=fast")
+    assert "weight_l1" in fails("train", "vq", "--config", vq_file, "loss.weight_l1=1")
+    assert "'channels'" in fails("train", "vq", "--config", vq_file, "model.config.channels=3")
+    overrides = ["first_stage.path=''", "mixed_precision=no"]
+    assert "first_stage.path" in fails("train", "ldm", "--config", "shapes-ldm", *overrides)
+    assert "fp16" in fails("train", "vq", "--config", vq_file, "mixed_precision=fp16", "name=half")
+
+
+def test_pictures_that_are_missing_or_too_small_are_named(vq_file, fails, tmp_path):
+    folder = tmp_path / "pictures"
+    data = ["data.source=image_folder", f"data.path={folder}"]
+    assert str(folder) in fails("train", "vq", "--config", vq_file, *data)
+    folder.mkdir()
+    Image.fromarray(np.zeros((20, 50, 3), np.uint8)).save(folder / "flat.png")
+    line = fails("train", "vq", "--config", vq_file, *data)
+    assert "flat.png" in line
+    assert "20" in line
+
+
+def test_a_size_that_the_model_cannot_halve_is_refused(vq_file, fails):
+    assert "33" in fails("train", "vq", "--config", vq_file, "data.size=33")
+
+
+def test_without_the_train_extra(vq_file, fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert "pip install 'fastldm[train]'" in fails("train", "vq", "--config", vq_file)
+
+
+def test_a_loss_that_is_not_finite(vq_file, fails, tmp_path):
+    overrides = ["optimizer.lr=1e30", "optimizer.max_grad_norm=null", "checkpoint_every=1", "log_every=1"]
+    line = fails("train", "vq", "--config", vq_file, *overrides)
+    assert "not finite" in line
+    assert "checkpoint" in line
+
+
+def test_a_disk_that_is_full_while_saving_keeps_the_old_checkpoint(vq_file, fails, tmp_path):
+    assert train("vq", "--config", vq_file, "max_steps=2") == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        line = fails("train", "vq", "--config", vq_file, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write the checkpoint" in line
+    assert "step-000002" in line
+    checkpoints = tmp_path / "runs" / "vq" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000002"]
+
+
+def test_ctrl_c_saves_and_ends_with_one_line(vq_file, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastldm", "train", "vq", "--config", str(vq_file), "max_steps=100000"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoints = tmp_path / "runs" / "vq" / "checkpoints"
+    while process.poll() is None and not (checkpoints.is_dir() and any(checkpoints.glob("step-*"))):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1].splitlines()
+    assert process.returncode == 130, errors
+    last = [line for line in errors if not line.startswith("step ")]
+    assert len(last) == 1, errors
+    assert last[0].startswith("fastldm: stopped at step ")
+    assert "--resume" in last[0]
+    stopped = int(last[0].split("step ")[1].split()[0])
+    assert (checkpoints / f"step-{stopped:06d}").is_dir()
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_mixed_precision_trains_and_keeps_float32_weights(vq_file, tmp_path, precision):
+    # In a process of its own: accelerate allows one precision per process.
+    command = ["train", "vq", "--config", str(vq_file), f"mixed_precision={precision}"]
+    result = subprocess.run(
+        [sys.executable, "-m", "fastldm", *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "step 4/4  loss" in result.stderr
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "runs" / "vq" / "checkpoints" / "step-000004" / "model.safetensors")
+    assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
