@@ -121,9 +121,13 @@ def vq_ema_update(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, T
     if z.device.type == "cpu":
         sums = torch.zeros(num_codes, z.shape[-1], dtype=torch.float32)
         return counts, sums.index_add_(0, index, flat.float())
-    # Atomic adds have no fixed order: sort, then add each code's rows as one segment.
+    return counts, sum_by_segment(flat, index, counts)
+
+
+def sum_by_segment(z: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+    """Sorts the rows by code and adds them segment by segment; atomic adds would have no fixed order."""
     order = torch.argsort(index, stable=True)
-    return counts, torch.segment_reduce(flat[order].float(), "sum", lengths=counts, axis=0, unsafe=True)
+    return torch.segment_reduce(z[order].float(), "sum", lengths=counts, axis=0, unsafe=True)
 
 
 NEAREST = Implementation(forward=vq_nearest)

@@ -22,7 +22,7 @@ def _poisoning(allocate: Callable) -> Callable:
     def poisoned(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        return _poison(tensor) if caller.startswith("fastldm.") else tensor
+        return _poison(tensor) if caller.startswith("fastldm.") and caller != __name__ else tensor
 
     return poisoned
 

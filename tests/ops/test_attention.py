@@ -58,10 +58,12 @@ def test_one_key(dtype, backend):
     inputs = q, k, v, grad = attention_inputs(AttentionShape(2, 2, 5, 1, 16), dtype)
     out, dq, dk, dv = run(ops.attention, inputs, backend=backend)
     assert torch.equal(out, v.expand_as(out))
-    assert_as_accurate(dv, grad.double().sum(dim=2, keepdim=True), grad.sum(dim=2, keepdim=True), "dv", terms=5)
-    difference = 2 * 16 * torch.finfo(dtype).eps * (grad.double().norm(dim=-1) *
-    v.double().norm(dim=-1)).max() assert dq.abs().max() <= difference * k.double().norm(dim=-1).max() / 4
-    assert dk.abs().max() <= difference * q.double().norm(dim=-1).sum(dim=2).max() / 4
+    exact, plain = (g.sum(dim=2, keepdim=True) for g in (grad.double(), grad))
+    assert_as_accurate(dv, exact, plain, "dv", terms=5)
+    lengths = [x.double().norm(dim=-1) for x in (q, k, v, grad)]
+    difference = 2 * 16 * torch.finfo(dtype).eps * (lengths[3] * lengths[2]).max()
+    assert dq.abs().max() <= difference * lengths[1].max() / 4
+    assert dk.abs().max() <= difference * lengths[0].sum(dim=2).max() / 4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -220,5 +222,5 @@ def test_refused_arguments(arguments, error, message):
 def test_unknown_and_absent_backends():
     with pytest.raises(ValueError, match="unknown backend 'tritn'"):
         ops.attention(Q, Q, Q, backend="tritn")
-    with pytest.raises(UnsupportedError, match="'reference' cannot|no CUDA"):
+    with pytest.raises(UnsupportedError, match="no CUDA"):
         ops.attention(Q, Q, Q, backend="cuda")

@@ -1,0 +1,235 @@
+"""What every operation owes PyTorch: schema, fakes, autograd, autocast, compile, inference mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import fastldm
+from fastldm import ops
+from fastldm.testing import live_backends
+
+OPS = torch.ops.fastldm
+BACKENDS = live_backends("attention")
+
+
+@pytest.fixture
+def unwritten_memory():
+    """Tracing cannot see through the patched functions."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def leaf(x):
+    return x.detach().requires_grad_()
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels-last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "slice": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_attention(layout, backend):
+    q, k, v = (leaf(LAYOUTS[layout](normal(2, 3, s, 16))) for s in (7, 5, 5))
+    for mask in (None, normal(2, 1, 7, 5) > 0):
+        opcheck(OPS.attention.default, (q, k, v, mask, False, None, True, backend))
+    opcheck(OPS.attention.default, (q.detach(), k.detach(), v.detach(), None, True, 0.5, False, backend))
+    out, lse = OPS.attention(q.detach(), k.detach(), v.detach(), None, False, None, True, backend)
+    arguments = (
+        torch.ones_like(out),
+        q.detach(),
+        k.detach(),
+        v.detach(),
+        out,
+        lse,
+        None,
+        False,
+        None,
+        backend,
+    )
+    opcheck(OPS.attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_group_norm(layout, backend):
+    x = leaf(LAYOUTS[layout](normal(2, 8, 3, 5)))
+    c, nc = leaf(normal(8)), leaf(normal(2, 8))
+    opcheck(OPS.group_norm.default, (x, 4, c, c.clone(), 1e-5, "silu", nc, nc.clone(), nc.clone(), backend))
+    opcheck(OPS.group_norm.default, (x, 4, None, None, 1e-5, None, None, None, None, backend))
+    y, mean, rstd = OPS.group_norm(x.detach(), 4, None, c.detach(), 1e-5, None, None, None, None, backend)
+    needed = [True, False, True, False, False, False]
+    arguments = (x.detach(), mean, rstd, 4, None, c.detach(), 1e-5, None, None, None, None, needed, backend)
+    opcheck(OPS.group_norm_backward.default, (y, *arguments))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_vq(layout, backend):
+    z, codebook = LAYOUTS[layout](normal(2, 6, 10, 4)), normal(20, 4, seed=1)
+    opcheck(OPS.vq_nearest.default, (z, codebook, backend))
+    opcheck(OPS.vq_quantize.default, (leaf(z), codebook, backend))
+    opcheck(OPS.vq_ema_update.default, (z, torch.arange(120).view(2, 6, 10) % 20, 20, backend))
+
+
+def everything(q, k, x, weight, z, codebook):
+    y = ops.group_norm(x, 4, weight, activation="silu")
+    z_q, indices = ops.vq_quantize(z, codebook)
+    counts, sums = ops.vq_ema_update(z, indices, codebook.shape[0])
+    out = ops.attention(q, k, k, is_causal=True)
+    return out.square().sum() + y.square().sum() + (z_q * z).sum() + counts.sum() + sums.sum() * 0
+
+
+def arguments(batch=2, length=6):
+    q, k = leaf(normal(batch, 2, length, 8)), leaf(normal(batch, 2, length + 3, 8, seed=1))
+    x, weight = leaf(normal(batch, 8, length, 3)), leaf(normal(8))
+    return q, k, x, weight, leaf(normal(batch, length, 4)), normal(20, 4, seed=2)
+
+
+def gradients(function, inputs):
+    value = function(*inputs)
+    return [value.detach(), *torch.autograd.grad(value, inputs[:-1])]
+
+
+def test_flipping_the_policy_does_not_recompile():
+    compiled = torch.compile(everything, fullgraph=True)
+    inputs = arguments()
+    gradients(compiled, inputs)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for policy in ("reference", "torch", "auto"):
+            with fastldm.use_backend(policy), fastldm.record() as rec:
+                results = gradients(compiled, inputs)
+            chosen = "torch" if policy == "auto" else policy
+            assert rec.backends() == {
+                op: [chosen] for op in ("attention", "group_norm", "vq_ema_update", "vq_nearest")
+            }
+            assert sorted(c.op for c in rec.calls if c.direction == "backward") == ["attention", "group_norm"]
+            for result, eager in zip(results, gradients(everything, inputs)):
+                torch.testing.assert_close(result, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_backward_runs_under_the_policy_of_its_forward():
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    with fastldm.use_backend("reference"), fastldm.record() as rec:
+        value = compiled(*arguments())
+    value.backward()
+    assert [c.backend for c in rec.calls if c.direction == "backward"] == ["reference", "reference"]
+
+
+def test_dynamic_shapes():
+    compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend="aot_eager")
+    gradients(compiled, arguments(5, 9))  # no two sizes alike, or they are taken to be one
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, length in ((3, 5), (2, 11), (5, 7)):
+            inputs = arguments(batch, length)
+            for result, eager in zip(gradients(compiled, inputs), gradients(everything, inputs)):
+                torch.testing.assert_close(result, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_masks_and_extras():
+    def function(q, mask, x, nc):
+        out = ops.attention(q, q, q, mask)
+        return out.sum() + ops.group_norm(x, 2, channel_bias=nc, scale=nc, shift=nc).square().sum()
+
+    q, x, nc = leaf(normal(2, 2, 5, 8)), leaf(normal(2, 4, 3, 3)), leaf(normal(2, 4))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for mask in (normal(2, 2, 5, 5) > 0, normal(5, 5), torch.arange(5) < torch.tensor([[2], [5]])):
+        results, eager = (torch.autograd.grad(f(q, mask, x, nc), (q, x, nc)) for f in (compiled, function))
+        for result, expected in zip(results, eager):
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend):
+    q, x, z = leaf(normal(1, 2, 4, 8)), leaf(normal(2, 8, 3, 3)), leaf(normal(5, 4))
+    codebook = normal(9, 4, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.attention(q, q.bfloat16(), q, backend=backend)
+        y = ops.group_norm(x, 4, activation="silu", backend=backend)
+        half = ops.group_norm(x.bfloat16(), 4, torch.ones(8), backend=backend)
+        z_q, indices = ops.vq_quantize(z, codebook, backend=backend)
+        wide = ops.attention(q.double(), q.double(), q.double(), backend=backend)
+        (out.float().sum() + y.square().sum() + z_q.sum()).backward()
+    assert out.dtype == torch.bfloat16
+    cast = ops.attention(*(q.bfloat16(),) * 3, backend=backend)
+    assert torch.equal(out, cast)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, ops.group_norm(x, 4, activation="silu", backend=backend))
+    assert half.dtype == torch.bfloat16
+    assert z_q.dtype == torch.float32
+    assert torch.equal(indices, ops.vq_nearest(z, codebook, backend=backend))
+    assert wide.dtype == torch.float64
+    assert q.grad.dtype == x.grad.dtype == torch.float32
+    plain = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 4)).square().sum()
+    torch.testing.assert_close(x.grad, torch.autograd.grad(plain, x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_under_autocast():
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16), fastldm.record() as rec:
+        value = compiled(*arguments())
+    value.backward()
+    dtypes = {(call.op, call.dtype) for call in rec.calls}
+    assert ("attention", torch.bfloat16) in dtypes
+    assert ("group_norm", torch.float32) in dtypes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_mode_and_no_grad(backend):
+    inputs = arguments()
+    expected = everything(*inputs)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode(), fastldm.use_backend(backend):
+            value = everything(*inputs)
+        assert not value.requires_grad
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_checkpointing(backend):
+    def block(q, x):
+        attended = ops.attention(q, q, q, backend=backend).sum()
+        return attended + ops.group_norm(x, 2, activation="silu", backend=backend).square().sum()
+
+    q, x = leaf(normal(2, 2, 4, 8)), leaf(normal(2, 4, 3, 3))
+    expected = torch.autograd.grad(block(q, x), (q, x))
+    checkpointed = torch.utils.checkpoint.checkpoint(block, q, x, use_reentrant=False)
+    for result, eager in zip(torch.autograd.grad(checkpointed, (q, x)), expected):
+        assert torch.equal(result, eager)
+
+
+def test_second_derivatives_are_refused():
+    q, x = leaf(normal(1, 1, 3, 8)), leaf(normal(1, 4, 2, 2))
+    for value, wrt in ((ops.attention(q, q, q).square().sum(), q), (ops.group_norm(x, 2).square().sum(), x)):
+        (first,) = torch.autograd.grad(value, wrt, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            first.sum().backward()
+
+
+def test_fake_tensors_on_a_device_that_is_not_here():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q = torch.empty(2, 16, 4, 8, device="cuda").transpose(1, 2)
+        out = ops.attention(q, q, q)
+        assert (out.device.type, out.stride()) == ("cuda", q.stride())
+        x = torch.empty(2, 8, 4, 4, device="cuda").to(memory_format=torch.channels_last)
+        assert ops.group_norm(x, 2).stride() == x.stride()
+        assert ops.vq_nearest(torch.empty(5, 4, device="cuda"), torch.empty(7, 4, device="cuda")).shape == (
+            5,
+        )
