@@ -108,7 +108,7 @@ class TrainingConfig:
     sample_every: int = 500
     """Steps between two picture grids; 0 = none."""
     compile: bool = False
-    """torch.compile the training step."""
+    """torch.compile the trained networks."""
     gradient_checkpointing: bool = False
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     data: DataConfig = field(default_factory=DataConfig)

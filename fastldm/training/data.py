@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -64,13 +65,19 @@ def batches(dataset: Dataset, sampler: StreamSampler, *, num_workers: int = 0) -
         num_workers=num_workers,
         collate_fn=default_collate,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_ignore_interrupts,
         pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)
 
 
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the training process needs its readers for one more step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def build_dataset(data: DataConfig, seed: int) -> Dataset:
-    """The data set of a configuration: items {"image": (3, size, size) in [-1, 1], "caption", "label"}."""
+    """The data set of a configuration: items {"image": (3, size, size) in [-1, 1], "caption", ...}."""
     if data.source == "shapes":
         return CaptionedShapes("train", data.kind, data.size, data.length, seed)
     if data.path is None:

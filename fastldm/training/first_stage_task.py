@@ -57,6 +57,8 @@ class FirstStageTask:
             model.quantize.enable_ema(config.model.ema_codebook_decay, revive_below=config.model.revive_below)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if config.compile:
+            model.compile()
         loss = FirstStageLoss(**checked_arguments(FirstStageLoss, config.loss, "loss"))
         self.module = FirstStageModule(model, loss)
         self.averaged = model

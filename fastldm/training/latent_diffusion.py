@@ -148,6 +148,9 @@ class LatentDiffusionTask:
         unet = build_unet(config, self.first_stage, conditioner)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
+        if config.compile:
+            unet.compile()
+            conditioner.compile()
         self.module = LatentDiffusionModule(unet, conditioner, self.schedule, config)
         self.averaged = self.module
         self.every_step_trains_all = True

@@ -12,6 +12,7 @@ not.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import threading
@@ -155,8 +156,9 @@ class _Run:
         self.main = self.accelerator.is_main_process
         self.progress = progress and self.main
         latest = self._latest(resume)
+        checkpoint = None if latest is None else self._load(latest)
         if self.main:
-            remove_leftovers(self.checkpoints)
+            self._claim_folder()
 
         torch.manual_seed(config.seed)
         self.task = build_task()
@@ -168,10 +170,13 @@ class _Run:
         self.task.to(self.accelerator.device)
         self.module.to(self.accelerator.device)
         self.step = 0
-        if latest is None:
+        if checkpoint is None:
             # Every process measures on the first batch of process 0, so all of them start alike.
             self.task.start(self._to_device(next(self._batches(process=0))))
-        checkpoint = None if latest is None else self._restore_task(latest)
+        else:
+            load_weights(self.module, checkpoint, latest)
+            self.task.load_state(checkpoint.task)
+            self.step = checkpoint.step
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             self.parameters,
@@ -183,10 +188,11 @@ class _Run:
         )
         self.ema = EMA(self.task.averaged, config.ema.decay) if config.ema.enabled else None
         if checkpoint is not None:
-            self._restore_rest(checkpoint, optimizer)
-        forward = torch.compile(self.module) if config.compile else self.module
-        self.forward, self.optimizer = self.accelerator.prepare(forward, optimizer)
-        if checkpoint is not None and checkpoint.scaler and self.accelerator.scaler is not None:
+            optimizer.load_state_dict(checkpoint.optimizer)
+            if self.ema is not None:
+                self.ema.load_state_dict(checkpoint.ema, checkpoint.ema_updates)
+        self.forward, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+        if checkpoint is not None and checkpoint.scaler is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.scaler)
         self.pending: list[tuple[int, dict[str, torch.Tensor]]] = []
 
@@ -339,7 +345,7 @@ class _Run:
             )
         return found[-1] if found else None
 
-    def _restore_task(self, path: Path) -> Checkpoint:
+    def _load(self, path: Path) -> Checkpoint:
         checkpoint = load_checkpoint(path)
         changed = differing_keys(checkpoint.config, to_mapping(self.config))
         changed = [key for key in changed if key not in _FREE_ON_RESUME]
@@ -347,15 +353,17 @@ class _Run:
             raise ConfigError(
                 f"cannot resume {path} with another configuration; these keys differ: {', '.join(changed)}"
             )
-        load_weights(self.module, checkpoint, path)
-        self.task.load_state(checkpoint.task)
-        self.step = checkpoint.step
         return checkpoint
 
-    def _restore_rest(self, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.load_state_dict(checkpoint.optimizer)
-        if self.ema is not None and checkpoint.ema is not None:
-            self.ema.load_state_dict(checkpoint.ema, checkpoint.ema_updates)
+    def _claim_folder(self) -> None:
+        """Find out now, not at the first checkpoint, that the run has nowhere to write."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        if not os.access(self.folder, os.W_OK):
+            raise CheckpointError(f"cannot write to {self.folder}: permission denied")
+        remove_leftovers(self.checkpoints)
 
     def _batches(self, *, start: int = 0, process: int | None = None) -> Iterator[dict]:
         config = self.config

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fastldm import cli
+from fastldm import cli, dispatch
 from fastldm.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,3 +71,14 @@ def test_ctrl_c_ends_with_130_and_one_line(monkeypatch, capsys):
     monkeypatch.setattr("fastldm.cli.env.run", interrupted)
     assert cli.main(["env"]) == 130
     assert capsys.readouterr().err == "fastldm: interrupted\n"
+
+
+def test_env_names_every_backend_and_why_it_is_not_live(capsys):
+    assert cli.main(["env"]) == 0
+    said = capsys.readouterr().out
+    assert cli.main(["env", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["backends"]) == set(dispatch.BACKENDS)
+    for name, ops in report["backends"].items():
+        assert name in said
+        assert all(reason is None or reason in said for reason in ops.values())

@@ -55,6 +55,13 @@ def test_pictures_that_are_missing_or_too_small_are_named(vq_file, fails, tmp_pa
     assert "20" in line
 
 
+def test_a_folder_that_cannot_be_made_is_named_before_training(vq_file, fails, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastldm.training.first_stage_task.FirstStageTask.__init__", None)
+    (tmp_path / "file").write_text("")
+    line = fails("train", "vq", "--config", vq_file, f"output_dir={tmp_path / 'file'}")
+    assert f"cannot make the folder {tmp_path / 'file' / 'vq'}" in line
+
+
 def test_a_size_that_the_model_cannot_halve_is_refused(vq_file, fails):
     assert "33" in fails("train", "vq", "--config", vq_file, "data.size=33")
 
@@ -87,16 +94,20 @@ def test_a_disk_that_is_full_while_saving_keeps_the_old_checkpoint(vq_file, fail
 
 def test_ctrl_c_saves_and_ends_with_one_line(vq_file, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastldm", "train", "vq", "--config", str(vq_file), "max_steps=100000"],
+        [
+            *[sys.executable, "-m", "fastldm", "train", "vq", "--config", str(vq_file)],
+            *["max_steps=100000", "data.num_workers=1"],
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     checkpoints = tmp_path / "runs" / "vq" / "checkpoints"
     while process.poll() is None and not (checkpoints.is_dir() and any(checkpoints.glob("step-*"))):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the reading process gets it too
     errors = process.communicate()[1].splitlines()
     assert process.returncode == 130, errors
     last = [line for line in errors if not line.startswith("step ")]

@@ -187,8 +187,10 @@ def test_an_existing_run_is_not_overwritten(line_config):
 
 def test_resuming_with_another_configuration_names_the_keys(line_config):
     train(line_config("max_steps=2"), LineTask, progress=False)
+    other = line_config("batch_size=4", "optimizer.lr=1e-2")
     with pytest.raises(ConfigError, match=r"these keys differ: batch_size, optimizer\.lr$"):
-        train(line_config("batch_size=4", "optimizer.lr=1e-2"), LineTask, resume=True, progress=False)
+        train(other, LineTask, resume=True, progress=False)
+    assert "batch_size: 3" in (Path(other.output_dir) / other.name / "config.yaml").read_text()
 
 
 def test_resume_without_a_checkpoint_starts_anew(line_config):
