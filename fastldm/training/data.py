@@ -77,7 +77,7 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 def build_dataset(data: DataConfig, seed: int) -> Dataset:
-    """The data set of a configuration: items {"image": (3, size, size) in [-1, 1], "caption", ...}."""
+    """The data set of a configuration; its items hold "image", and "caption" or "label"."""
     if data.source == "shapes":
         return CaptionedShapes("train", data.kind, data.size, data.length, seed)
     if data.path is None:
