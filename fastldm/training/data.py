@@ -72,7 +72,7 @@ def batches(dataset: Dataset, sampler: StreamSampler, *, num_workers: int = 0) -
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the training process needs its readers for one more step."""
+    """Ctrl-C reaches every process of a terminal, but training needs its readers for one more step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
