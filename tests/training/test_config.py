@@ -21,7 +21,7 @@ from fastldm.training.config import (
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_shipped_configurations_load_and_survive_being_written(name, tmp_path):
-    cls = FirstStageConfig if name.endswith("-vq") else LatentDiffusionConfig
+    cls = LatentDiffusionConfig if name.endswith("-ldm") else FirstStageConfig
     config = load_config(cls, name)
     assert config.name == name
     file = tmp_path / "config.yaml"
