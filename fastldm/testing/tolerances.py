@@ -73,8 +73,8 @@ def assert_as_accurate(
         where = _first(error > limit)
         relative = (error.norm() / truth.norm()).item()
         raise AssertionError(
-            f"{name}: max error {error.max().item():.3e} over the limit {limit:.3e} (plain PyTorch: "
-            f"{plain_error.max().item():.3e}), relative L2 error {relative:.3e}, "
+            f"{name}: max error {error.max().item():.3e} over the limit {limit:.3e} "
+            f"(plain PyTorch: {plain_error.max().item():.3e}), relative L2 error {relative:.3e}, "
             f"{int((error > limit).sum())} of {error.numel()} elements, first at {where}: got {result[where].item()}, "
             f"reference {truth[where].item()}"
         )
