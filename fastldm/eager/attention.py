@@ -134,8 +134,10 @@ def _forward_blocks(q, k, v, attn_mask, is_causal, scale):
     for start in blocks:
         stop = min(start + blocks.step, q.shape[2])
         scores = _block_scores(q, k, mask, start, stop, scale)
-        lse[:, :, start:stop] = torch.logsumexp(scores, dim=-1)
-        out[:, :, start:stop] = torch.softmax(scores, dim=-1).nan_to_num_().to(v.dtype) @ v
+        block_lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+        p = torch.softmax(scores, dim=-1).masked_fill(block_lse == -math.inf, 0.0)
+        lse[:, :, start:stop] = block_lse.squeeze(-1)
+        out[:, :, start:stop] = p.to(v.dtype) @ v
     return out, lse
 
 

@@ -19,8 +19,11 @@ def _generator(seed: int) -> torch.Generator:
 def attention_inputs(
     shape: AttentionShape, dtype: torch.dtype, *, layout: str = "contiguous", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and a gradient of the output. Layouts: "contiguous" (B, H, S, D); "heads-last", views of (B, S,
-    H, D) as a transformer makes them; "packed", views into a larger projection, dense nowhere."""
+    """q, k, v and a gradient of the output.
+
+    Layouts: "contiguous" (B, H, S, D); "heads-last", views of (B, S, H, D) as a transformer makes them;
+    "packed", views into a larger projection, dense nowhere.
+    """
     generator = _generator(seed)
     made = []
     for length in (shape.queries, shape.keys, shape.keys, shape.queries):

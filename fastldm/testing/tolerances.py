@@ -75,8 +75,8 @@ def assert_as_accurate(
         raise AssertionError(
             f"{name}: max error {error.max().item():.3e} over the limit {limit:.3e} "
             f"(plain PyTorch: {plain_error.max().item():.3e}), relative L2 error {relative:.3e}, "
-            f"{int((error > limit).sum())} of {error.numel()} elements, first at {where}: got {result[where].item()}, "
-            f"reference {truth[where].item()}"
+            f"{int((error > limit).sum())} of {error.numel()} elements, first at {where}: "
+            f"got {result[where].item()}, reference {truth[where].item()}"
         )
 
 
