@@ -24,7 +24,10 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary = _sibling(path, "tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes its files private, whatever the umask says
         _flush(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -55,8 +58,11 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     temporary = _sibling(path, "tmp")
     temporary.mkdir()
     try:
+        mode = temporary.stat().st_mode & 0o666
         yield temporary
         for entry in [*temporary.rglob("*"), temporary]:
+            if entry.is_file():
+                entry.chmod(mode)
             _flush(entry)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)

@@ -334,3 +334,10 @@ def test_atomic_folder(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="stop"):
         stop_half_way()
     assert (target / "sub" / "file").read_text() == "second"
+
+
+def test_saved_files_have_the_permissions_of_ordinary_files(tmp_path):
+    (tmp_path / "ordinary").touch()
+    wanted = (tmp_path / "ordinary").stat().st_mode
+    Small().save_pretrained(tmp_path / "net")
+    assert {path.stat().st_mode for path in (tmp_path / "net").iterdir()} == {wanted}
