@@ -34,7 +34,22 @@ _NAMES = {
     "use_backend": "fastldm.dispatch",
 }
 
-__all__ = ["__version__", *sorted(_SUBMODULES), *sorted(_NAMES)]
+__all__ = [
+    "LatentDiffusionPipeline",
+    "__version__",
+    "diffusion",
+    "evaluation",
+    "explain",
+    "models",
+    "nn",
+    "ops",
+    "record",
+    "reference",
+    "systems",
+    "testing",
+    "training",
+    "use_backend",
+]
 
 
 def __getattr__(name: str):

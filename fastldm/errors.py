@@ -1,6 +1,7 @@
 """The exceptions fastldm raises on purpose.
 
-Each message is one line: what was given, what is accepted, what to do. The command line prints it and exits with 2.
+Each message is one line: what was given, what is accepted, what to do. The command line prints it and exits
+with 2.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Import path of the Triton kernels: `fastldm.kernels.<op>`.
 
-The sources live in the top-level `kernels/` folder. An installed wheel holds them as ordinary sub-packages (setup.py
-maps them); in a checkout, bare or editable, this file adds the folder to the search path. Only a folder that stands in
-a checkout of this project is added: beside an installed wheel, `kernels` is Hugging Face's package.
+The sources live in the top-level `kernels/` folder. An installed wheel holds them as ordinary sub-packages
+(setup.py maps them); in a checkout, bare or editable, this file adds the folder to the search path. Only a
+folder that stands in a checkout of this project is added: beside an installed wheel, `kernels` is Hugging
+Face's package.
 """
 
 from pathlib import Path

@@ -18,9 +18,10 @@ before = set(sys.modules)
 import fastldm
 {extra}
 new = sorted({{name.split(".")[0] for name in set(sys.modules) - before}})
-print(json.dumps({{"new": new, "cuda": torch.cuda.is_initialized(), "fastldm": sorted(m for m in sys.modules if m.startswith("fastldm"))}}))
+own = sorted(name for name in sys.modules if name.startswith("fastldm"))
+print(json.dumps({{"new": new, "cuda": torch.cuda.is_initialized(), "fastldm": own}}))
 """
-OPTIONAL = {"diffusers", "transformers", "accelerate", "tensorboard", "triton", "tokenizers", "PIL", "yaml", "kernels"}
+OPTIONAL = {"diffusers", "transformers", "accelerate", "tensorboard", "triton", "tokenizers", "PIL", "yaml"}
 
 
 def probe(extra: str = "") -> dict:
