@@ -1,8 +1,7 @@
 """What pyproject.toml cannot say: where the packages come from.
 
 `kernels/<op>` installs as `fastldm.kernels.<op>`, and the C++ and CUDA sources as data of `fastldm.csrc`, so
-that an installed copy can be compiled later. This file must import without torch: metadata never depends on the
-machine.
+that an installed copy can be compiled later. It imports without torch: metadata never depends on the machine.
 """
 
 from pathlib import Path
