@@ -33,11 +33,15 @@ def _dense_last(x: Tensor) -> Tensor:
 def _additive(
     mask: Tensor | None, q: Tensor, k: Tensor, is_causal: bool, merge_causal: bool
 ) -> Tensor | None:
-    """The mask as something to add to the scores, in the dtype of q or float32."""
+    """The mask as something to add to the scores, in the dtype of q or, for half precision, float32.
+
+    The CPU kernel reads a mask of any other dtype wrongly, without an error.
+    """
+    accepted = (q.dtype, torch.promote_types(torch.float32, q.dtype))
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-    elif mask is not None and mask.dtype not in (q.dtype, torch.float32):
-        mask = mask.to(torch.promote_types(torch.float32, q.dtype))
+    elif mask is not None and mask.dtype not in accepted:
+        mask = mask.to(accepted[1])
     if is_causal and merge_causal:
         above = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
         mask = (

@@ -68,7 +68,7 @@ def test_one_key(dtype, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kind", MASKS)
 def test_masks(kind, dtype, is_causal, backend):
     inputs = attention_inputs(SMALL, dtype)
