@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ def train(
     Raises:
         ConfigError: the run exists and `resume` is not set, or its configuration differs.
         CheckpointError: a checkpoint cannot be written or read.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss, a weight or a buffer is not finite.
         TrainingInterrupted: Ctrl-C; a checkpoint of the last finished step is written first.
     """
     return _Run(config, build_task, resume=resume, progress=progress).run()
@@ -210,7 +210,13 @@ class _Run:
         with bar, self._writer() as writer, _on_interrupt(stop):
             stream = self._batches(start=self.step)
             while self.step < config.max_steps:
-                self._one_step(stream)
+                try:
+                    self._one_step(stream)
+                except ValueError as error:
+                    # An op refuses weights that have diverged before `_log` sees the loss of the step.
+                    if (what := self._divergence()) is not None:
+                        self._fail(what, error)
+                    raise
                 bar.update()
                 last = self.step == config.max_steps
                 interrupted = self._anywhere(stop.is_set())
@@ -284,15 +290,30 @@ class _Run:
             line = "  ".join(f"{key} {value:.4g}" for key, value in means.items())
             print(f"step {self.step}/{self.config.max_steps}  {line}", file=sys.stderr, flush=True)
 
-    def _fail(self, what: str) -> None:
+    def _divergence(self) -> str | None:
+        """What in this process is not finite in the middle of a step: an unlogged loss or a weight."""
+        for step, means in self.pending:
+            if not torch.isfinite(means["loss"]):
+                return f"the loss of step {step} is not finite"
+        name = self._not_finite()
+        return None if name is None else f"{name} is not finite in step {self.step + 1}"
+
+    def _not_finite(self) -> str | None:
+        """The first weight or buffer that is not finite, among those that no optimiser trains too."""
+        for name, value in self.module.state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                return name
+        return None
+
+    def _fail(self, what: str, cause: Exception | None = None) -> NoReturn:
         found = list_checkpoints(self.checkpoints)
         kept = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-        raise TrainingError(f"{what}; {kept}; lower optimizer.lr or use mixed_precision=no")
+        raise TrainingError(f"{what}; {kept}; lower optimizer.lr or use mixed_precision=no") from cause
 
     def _save(self) -> None:
         self.accelerator.wait_for_everyone()
-        if not all(bool(torch.isfinite(p).all()) for p in self.parameters):
-            self._fail(f"a weight is not finite after step {self.step}")
+        if (name := self._not_finite()) is not None:
+            self._fail(f"{name} is not finite after step {self.step}")
         if self.main:
             scaler = self.accelerator.scaler
             checkpoint = Checkpoint(

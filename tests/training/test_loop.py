@@ -230,8 +230,67 @@ def test_weights_that_are_not_finite_are_never_saved(line_config):
             task.handles = [*getattr(task, "handles", []), handle]
 
     config = line_config("optimizer.max_grad_norm=null")
-    with pytest.raises(TrainingError, match=r"weight is not finite after step 4; .*step-000002"):
+    with pytest.raises(TrainingError, match=r"^net\.2\.bias is not finite after step 4; .*step-000002"):
         train(config, lambda: LineTask(poison), progress=False)
+
+
+def test_buffers_that_are_not_finite_are_never_saved(line_config):
+    def poison(task):
+        if task.calls == 8:
+            task.module.average[1] = float("inf")
+
+    def build():
+        task = LineTask(poison)
+        task.module.register_buffer("average", torch.zeros(2))
+        return task
+
+    with pytest.raises(TrainingError, match=r"^average is not finite after step 4; .*step-000002"):
+        train(line_config(), build, progress=False)
+
+
+@pytest.mark.parametrize("decay", ["0.9", "null"])
+def test_a_first_stage_that_diverges_between_two_logs_is_said_in_one_line(vq_config, decay):
+    config = vq_config(
+        "optimizer.lr=1e30",
+        "optimizer.warmup_steps=0",
+        "log_every=50",
+        "checkpoint_every=50",
+        "max_steps=50",
+        f"model.ema_codebook_decay={decay}",
+    )
+    with pytest.raises(TrainingError, match=r"step \d+.*; there is no checkpoint yet") as caught:
+        train(config, lambda: FirstStageTask(config), progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_codebook_that_is_not_finite_stops_and_names_the_last_good_checkpoint(vq_config):
+    config = vq_config("log_every=50", "checkpoint_every=2")
+
+    def build():
+        task = FirstStageTask(config)
+        prepare, calls = task.prepare, []
+
+        def poison(batch, generator):
+            calls.append(1)
+            if len(calls) == 5:  # two micro-steps a step: step 3
+                task.module.model.quantize.embedding.weight.data[0, 0] = float("nan")
+            return prepare(batch, generator)
+
+        task.prepare = poison
+        return task
+
+    said = r"embedding\.weight is not finite in step 3; the last good checkpoint is .*step-000002"
+    with pytest.raises(TrainingError, match=said):
+        train(config, build, progress=False)
+
+
+def test_an_error_of_a_run_that_has_not_diverged_stays_what_it_is(line_config):
+    def refuse(task):
+        if task.calls == 3:
+            raise ValueError("a picture of another size")
+
+    with pytest.raises(ValueError, match=r"^a picture of another size$"):
+        train(line_config(), lambda: LineTask(refuse), progress=False)
 
 
 def test_ctrl_c_saves_the_finished_step_and_the_run_goes_on_from_there(line_config):
