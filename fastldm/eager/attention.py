@@ -24,6 +24,8 @@ _BLOCK_ELEMENTS = 1 << 24  # scores held at once by the blockwise path
 # cores with AMX 20 against 4 ms at (64, 4, 64, 64, 32), 15 against 10 at (8, 8, 256, 256, 40), 36 against 53
 # at (2, 8, 1024, 1024, 80).
 _SMALL_SCORES = 256 * 256
+# exp(score - lse), as in PyTorch's CPU backward, is off by |lse| units roundoff: 6e-5 in float32 here.
+_LARGE_LSE = 1024.0
 
 
 def _dense_last(x: Tensor) -> Tensor:
@@ -106,6 +108,10 @@ def _backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):
 
 
 def _backward_cpu(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):
+    if (lse.masked_fill(lse == -math.inf, 0.0).abs() > _LARGE_LSE).any():
+        grad_out, q, k, v = (x.to(lse.dtype) for x in (grad_out, q, k, v))
+        out, lse = _forward_blocks(q, k, v, attn_mask, is_causal, scale)
+        return _backward_blocks(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale)
     mask = _additive(attn_mask, q, k, is_causal, merge_causal=False)
     if mask is not None:
         # exp(-inf - lse) must be 0 in a row without keys, so its lse may be anything finite.
@@ -148,7 +154,7 @@ def _forward_blocks(q, k, v, attn_mask, is_causal, scale):
 def _backward_blocks(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     mask = _additive(attn_mask, q, k, is_causal, merge_causal=True)
-    lse = lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)
+    dead = (lse == -math.inf).unsqueeze(-1)
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1, keepdim=True)
     grad_q = torch.empty_like(q)
     grad_k, grad_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
@@ -156,7 +162,8 @@ def _backward_blocks(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):
     for start in blocks:
         stop = min(start + blocks.step, q.shape[2])
         rows = slice(start, stop)
-        p = torch.exp(_block_scores(q, k, mask, start, stop, scale) - lse[:, :, rows])
+        scores = _block_scores(q, k, mask, start, stop, scale)
+        p = torch.softmax(scores, dim=-1).masked_fill(dead[:, :, rows], 0.0)
         grad_v += p.to(q.dtype).transpose(-2, -1) @ grad_out[:, :, rows]
         grad_p = (grad_out[:, :, rows] @ v.transpose(-2, -1)).to(lse.dtype)
         grad_s = (p * (grad_p - delta[:, :, rows]) * scale).to(q.dtype)

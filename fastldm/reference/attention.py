@@ -1,10 +1,13 @@
 """Attention, softmax(scale * q k^T + mask) v, written out.
 
 Forward, per row i of the scores S = scale * q k^T + mask:
-    lse_i = log sum_j exp(S_ij),   P_ij = exp(S_ij - lse_i),   out = P v
+    m_i = max_j S_ij,   P_ij = exp(S_ij - m_i) / sum_l exp(S_il - m_i),   out = P v,
+    lse_i = log sum_j exp(S_ij)
 Backward, for the gradient g of out (FlashAttention, arXiv 2205.14135, appendix B.2):
     dv = P^T g,   dP = g v^T,   dS = P * (dP - rowsum(P * dP)),   dq = scale * dS k,   dk = scale * dS^T q
-A row with every key masked has lse = -inf, P = 0, so output and gradients are 0.
+P is not taken as exp(S_ij - lse_i): where |lse| is huge, as in a row that a finite mask of -1e9 covers, the
+logarithm of the sum is lost in rounding. A row with every key masked has lse = -inf, P = 0, so output and
+gradients are 0.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ def _probabilities(
             scores = scores + attn_mask.to(dtype)
     lse = torch.logsumexp(scores, dim=-1)
     dead = (lse == -math.inf).unsqueeze(-1)
-    return torch.exp(scores - lse.unsqueeze(-1)).masked_fill(dead, 0.0), lse
+    return torch.softmax(scores, dim=-1).masked_fill(dead, 0.0), lse
 
 
 def attention(

@@ -122,6 +122,48 @@ def test_scale_and_large_scores(backend):
     check(backend, (5.0 * q, 5.0 * k, v, grad))
 
 
+def huge_lse_inputs(name):
+    """Inputs and mask with huge log-sum-exp. q k^T is constant in such rows: its rounding plays no part."""
+    if name == "6e4":
+        q, k, v, grad = attention_inputs(SMALL, torch.float16)
+        return (torch.full_like(q, 6e4), torch.full_like(k, 6e4), v, grad), None
+    q, k, v, grad = attention_inputs(SMALL, torch.bfloat16 if name == "bfloat16" else torch.float32)
+    if name == "every row":
+        return (torch.zeros_like(q), k, v, grad), torch.full((1, 1, 1, SMALL.keys), -1e9)
+    q[:, :, 2] = 0.0
+    mask = torch.zeros(1, 1, SMALL.queries, SMALL.keys)
+    mask[:, :, 2] = -1e9
+    mask[:, :, 3] = -torch.inf
+    return (q, k, v, grad), mask
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "blocks"])
+@pytest.mark.parametrize("name", ["every row", "one row", "bfloat16", "6e4"])
+def test_huge_log_sum_exp(name, backend):
+    """As a finite mask of -1e9 over a whole row, or |x| ~ 6e4 in float16, make it."""
+    inputs, mask = huge_lse_inputs(name)
+    if backend == "blocks":
+        if name == "6e4":
+            inputs = tuple(x.float() for x in inputs)
+        q, k, v, grad = inputs
+        eager = importlib.import_module("fastldm.eager.attention")
+        out, lse = eager._forward_blocks(q, k, v, mask, False, None)
+        results = (out, *eager._backward_blocks(grad, q, k, v, out, lse, mask, False, None))
+    else:
+        results = run(ops.attention, inputs, attn_mask=mask, backend=backend)
+    truth = run(plain_attention, [x.double() for x in inputs], attn_mask=mask)
+    # Plain PyTorch in float32, rounded: float16 cannot hold these scores.
+    plain = run(plain_attention, [x.float() for x in inputs], attn_mask=mask)
+    for what, result, exact, rough in zip(("out", "dq", "dk", "dv"), results, truth, plain):
+        if (name, what) == ("6e4", "dq"):
+            # 0 by cancellation: the error of dS = P (dP - rowsum(P dP)), P = 1 / Sk, times k.
+            _, _, v, grad = (x.double().norm(dim=-1).max() for x in inputs)
+            error = 2 * terms(inputs) * torch.finfo(torch.float32).eps * v * grad
+            assert result.abs().max() <= SMALL.head_dim**-0.5 * 6e4 * error
+        else:
+            assert_as_accurate(result, exact, rough.to(result.dtype), what, terms=terms(inputs))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_stays_in_its_batch(backend):
     q, k, v, _ = attention_inputs(SMALL, torch.float32)
