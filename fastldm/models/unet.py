@@ -11,6 +11,7 @@ from torch import nn
 
 from fastldm.errors import ConfigError, InputError
 from fastldm.models.base import Model, configurable
+from fastldm.models.outputs import Output
 from fastldm.models.unet_blocks import (
     DOWN_BLOCKS,
     MID_BLOCKS,
@@ -26,7 +27,7 @@ from fastldm.nn import Downsample2D, GroupNorm, TimestepEmbedding, Timesteps, Up
 
 
 @dataclass
-class UNet2DConditionOutput:
+class UNet2DConditionOutput(Output):
     """`sample` (B, out_channels, H, W): the model's prediction."""
 
     sample: torch.Tensor

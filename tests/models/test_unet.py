@@ -219,6 +219,13 @@ def test_timestep_forms_match_diffusers(timestep):
     assert (output - expected).abs().max() <= 1e-5
 
 
+def test_the_output_is_read_by_name_key_and_position():
+    model = UNet2DConditionModel(**UNCONDITIONAL).eval()
+    with torch.no_grad():
+        output = model(torch.zeros(1, 4, 8, 8), 3)
+    assert output[0] is output["sample"] is output.sample
+
+
 @pytest.mark.parametrize("name", ["sd1_scale_shift", "sdxl", "unconditional"])
 def test_gradients_match_diffusers(name):
     config, size, extras = CASES[name]
