@@ -258,6 +258,7 @@ class UNet2DConditionModel(Model):
         added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
         down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
         mid_block_additional_residual: torch.Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[torch.Tensor] | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
@@ -274,6 +275,8 @@ class UNet2DConditionModel(Model):
             added_cond_kwargs: for "text_time", `text_embeds` (B, D) and `time_ids` (B, n).
             down_block_additional_residuals, mid_block_additional_residual: a ControlNet's, one for each skip
                 connection and one for the middle; both or neither.
+            down_intrablock_additional_residuals: for callers of diffusers; None (T2I-Adapters are not
+                supported).
             encoder_attention_mask: (B, S), nonzero for context tokens to attend to; a row without any gets 0
                 from the attention.
             return_dict: False returns a tuple of one tensor.
@@ -283,6 +286,10 @@ class UNet2DConditionModel(Model):
         if cross_attention_kwargs:
             raise InputError(
                 f"cross_attention_kwargs {sorted(cross_attention_kwargs)} are not supported; pass none"
+            )
+        if down_intrablock_additional_residuals is not None:
+            raise InputError(
+                "down_intrablock_additional_residuals (of a T2I-Adapter) are not supported; pass None"
             )
         if (down_block_additional_residuals is None) != (mid_block_additional_residual is None):
             raise InputError(

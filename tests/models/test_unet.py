@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel as PeerUNet
@@ -217,6 +219,11 @@ def test_timestep_forms_match_diffusers(timestep):
         expected = peer(**given).sample
         (output,) = ours(**given, return_dict=False)
     assert (output - expected).abs().max() <= 1e-5
+
+
+def test_the_arguments_stand_where_diffusers_has_them():
+    ours, peer = (list(signature(cls.forward).parameters) for cls in (UNet2DConditionModel, PeerUNet))
+    assert ours == peer
 
 
 def test_the_output_is_read_by_name_key_and_position():
@@ -472,6 +479,7 @@ def test_wrong_configuration_is_named(change, message):
         ("sd1", {"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs"),
         ("sd1", {"encoder_attention_mask": torch.ones(2, 1, 7)}, "encoder_attention_mask has shape"),
         ("sd1", {"mid_block_additional_residual": torch.zeros(1)}, "go together"),
+        ("sd1", {"down_intrablock_additional_residuals": [torch.zeros(1)]}, "T2I-Adapter.* pass None"),
         (
             "sd1",
             {
