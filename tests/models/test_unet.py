@@ -65,6 +65,17 @@ CASES = {
         ["context"],
     ),
     "sd1_only_cross_attention": ({**SD1, "only_cross_attention": (True, False, False)}, (8, 8), ["context"]),
+    "only_cross_attention_at_the_last_stage": (
+        {
+            **SD1,
+            "down_block_types": (DOWN, DOWN_XA, DOWN_XA),
+            "up_block_types": (UP_XA, UP_XA, UP),
+            "only_cross_attention": (False, False, True),
+        },
+        (8, 8),
+        ["context"],
+    ),
+    "only_cross_attention_everywhere": ({**SD1, "only_cross_attention": True}, (8, 8), ["context"]),
     "sd1_asymmetric_pad": (
         {**SD1, "downsample_padding": 0, "freq_shift": 1, "flip_sin_to_cos": False},
         (9, 12),
