@@ -140,6 +140,58 @@ def test_min_snr_weights_make_one_loss_of_all_prediction_types(prediction_type):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_the_configuration_says_how_often_conditions_are_dropped(ldm_config, probability):
+    task, seen = LatentDiffusionTask(ldm_config(f"condition_dropout={probability}")), []
+    prepared = task.prepare(start(task), generator())
+    conditioner = task.module.conditioner
+    conditioner.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for seed in range(10):
+        task.module(prepared, step=0, generator=generator(seed))
+    given = prepared["condition"]
+    wanted = conditioner.null_like(given) if probability else given
+    assert not torch.equal(given, conditioner.null_like(given))
+    assert len(seen) == 10
+    assert all(torch.equal(condition, wanted) for condition in seen)
+
+
+def test_the_configuration_says_the_gamma_of_the_min_snr_weights(ldm_config):
+    task = LatentDiffusionTask(ldm_config("snr_gamma=0.5"))
+    prepared = task.prepare(start(task), generator())
+    module = task.module.eval()
+    found, _ = module(prepared, step=0, generator=generator(1))
+    weighted, plain = (
+        latent_diffusion_loss(
+            module.unet,
+            module.conditioner,
+            task.schedule,
+            prepared["latents"],
+            prepared["condition"],
+            generator=generator(1),
+            condition_dropout=0.5,
+            snr_gamma=gamma,
+        )
+        for gamma in (0.5, None)
+    )
+    assert found.item() == pytest.approx(weighted.item(), rel=1e-5)
+    assert found.item() != pytest.approx(plain.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_latents_of_a_kl_stage_are_drawn(ldm_config, first_stages, cached):
+    config = ldm_config(
+        f"first_stage.path={first_stages / 'kl'}", "first_stage.scaling_factor=0.5", f"cache_latents={cached}"
+    )
+    task = LatentDiffusionTask(config)
+    batch = start(task)
+    found = task.prepare(batch, generator(7))["latents"]
+    pictures = next(batches(task.pictures, StreamSampler(len(task.pictures), 4, seed=0)))["image"]
+    posterior = task.first_stage.encode(pictures).latent_dist
+    # With the cache the same convolutions run over batches of another size.
+    torch.testing.assert_close(found, 0.5 * posterior.sample(generator(7)), rtol=1e-4, atol=1e-5)
+    assert (found - 0.5 * posterior.mode()).std() > 0.1
+
+
 @pytest.mark.parametrize("stage", ["vq", "kl"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_first_stage_is_frozen_and_tau_and_denoiser_learn_together(ldm_config, first_stages, stage, cached):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastldm.errors import CheckpointError, ConfigError, TrainingError
 from fastldm.models.vq_model import VQModel
@@ -170,13 +171,55 @@ def test_what_a_run_leaves_behind(line_config):
 def test_the_logs_are_means_over_micro_steps(line_config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = line_config("optimizer.lr=0.5", "optimizer.warmup_steps=8")
-    train(config, LineTask, progress=False)
+    config, losses = line_config("optimizer.lr=0.5", "optimizer.warmup_steps=8"), []
+
+    def build():
+        task = LineTask()
+        task.module.register_forward_hook(lambda module, args, output: losses.append(output[0].item()))
+        return task
+
+    train(config, build, progress=False)
     events = EventAccumulator(str(Path(config.output_dir) / config.name / "logs")).Reload()
     loss, twice, rate = (events.Scalars(key) for key in ("loss", "twice", "lr"))
     assert [event.step for event in loss] == list(range(1, 9))
+    micro_means = [(one + other) / 2 for one, other in zip(losses[::2], losses[1::2], strict=True)]
+    assert [event.value for event in loss] == pytest.approx(micro_means)
     assert [event.value for event in twice] == pytest.approx([2 * event.value for event in loss])
     assert [event.value for event in rate] == pytest.approx([0.5 * (step + 1) / 8 for step in range(8)])
+
+
+@pytest.fixture
+def optimizer_steps():
+    """For each step of an optimiser so far: its settings, and the gradients by parameter."""
+    seen = []
+
+    def look(optimizer, args, kwargs):
+        (group,) = optimizer.param_groups
+        grads = {id(p): p.grad.clone() for p in group["params"] if p.grad is not None}
+        seen.append(({k: v for k, v in group.items() if k != "params"}, grads))
+
+    handle = register_optimizer_step_pre_hook(look)
+    yield seen
+    handle.remove()
+
+
+def norm(grads) -> float:
+    return torch.stack([grad.norm() for grad in grads]).norm().item()
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [("1e-3", True), ("null", False)])
+def test_the_optimiser_is_that_of_the_configuration(line_config, optimizer_steps, limit, clipped):
+    config = line_config(
+        "max_steps=1",
+        "optimizer.weight_decay=0.3",
+        "optimizer.betas=[0.8, 0.95]",
+        "optimizer.eps=1e-6",
+        f"optimizer.max_grad_norm={limit}",
+    )
+    train(config, LineTask, progress=False)
+    ((settings, grads),) = optimizer_steps
+    assert (settings["weight_decay"], settings["betas"], settings["eps"]) == (0.3, (0.8, 0.95), 1e-6)
+    assert (norm(grads.values()) == pytest.approx(1e-3, rel=1e-3)) == clipped
 
 
 def test_an_existing_run_is_not_overwritten(line_config):
