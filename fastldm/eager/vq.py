@@ -29,7 +29,13 @@ _SAFE = 1e38  # past this a float32 score can overflow on the way
 def _input_roundoff() -> float:
     """Unit roundoff of the inputs of a float32 matrix product; larger where the user allows TF32 or
     bfloat16."""
-    return 2.0**-24 if torch.get_float32_matmul_precision() == "highest" else 2.0**-8
+    try:
+        precise = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:
+        # PyTorch refuses to answer once a backend has a setting of its own, such as
+        # torch.backends.cuda.matmul.fp32_precision = "tf32".
+        precise = False
+    return 2.0**-24 if precise else 2.0**-8
 
 
 class _Codes:

@@ -98,6 +98,27 @@ def test_reduced_matrix_product_precision(precision, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("setting", "precision"),
+    [
+        (torch.backends.cuda.matmul, "tf32"),
+        (torch.backends.mkldnn.matmul, "tf32"),
+        (torch.backends.mkldnn.matmul, "bf16"),
+    ],
+)
+def test_reduced_precision_of_one_backend(setting, precision, backend):
+    """With such a setting `torch.get_float32_matmul_precision()` raises."""
+    z, codebook = vq_inputs(200, VQShape(1000, 32))
+    expected = truth(z, codebook)
+    before = setting.fp32_precision
+    setting.fp32_precision = precision
+    try:
+        assert torch.equal(ops.vq_nearest(z, codebook, backend=backend), expected)
+    finally:
+        setting.fp32_precision = before
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("count", [3, 300])
 def test_row_that_is_not_finite_gets_index_0(count, bad, backend):
