@@ -25,7 +25,8 @@ def attention(
 
     Args:
         q: (B, H, Sq, D), float32, bfloat16, float16 or float64, any strides; D in 8, 16, ..., 256 or 512.
-        k, v: (B, H, Sk, D), dtype and device of `q`. Under autocast all three are cast to the autocast dtype.
+        k, v: (B, H, Sk, D), dtype and device of `q`. Under autocast all three are cast to the autocast dtype,
+            unless they are float64.
         attn_mask: bool (True = attend) or floating point (added to the scores), broadcastable to (B, H, Sq,
             Sk); or bool (B, Sk), a key-padding mask. No gradient reaches it.
         is_causal: query i sees keys 0..i (aligned at the top left, as in PyTorch); together with a mask both
@@ -53,8 +54,8 @@ def prepare(q, k, v, attn_mask=None, *, is_causal=False, scale=None) -> tuple:
         raise ValueError(f"q, k, v must be (B, H, S, D), got {_shape(q)}, {_shape(k)}, {_shape(v)}")
     if not q.is_floating_point():
         raise TypeError(f"q, k, v must be floating point, got {q.dtype}")
-    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
-        raise ValueError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        _check_mixed_dtypes(q, k, v)
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
     batch, heads, _, head_dim = q.shape
@@ -70,6 +71,17 @@ def prepare(q, k, v, attn_mask=None, *, is_causal=False, scale=None) -> tuple:
     # PyTorch without gradient has no use for the log-sum-exp, and its fastest kernels do not give it.
     need_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return q, k, v, attn_mask, is_causal, scale, need_lse
+
+
+def _check_mixed_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Autocast makes one dtype of all floating-point dtypes but float64."""
+    got = f"got {q.dtype}, {k.dtype}, {v.dtype}"
+    if not torch.is_autocast_enabled(q.device.type):
+        raise ValueError(f"q, k, v must have one dtype, {got}")
+    if not (k.is_floating_point() and v.is_floating_point()):
+        raise TypeError(f"q, k, v must be floating point, {got}")
+    if torch.float64 in (q.dtype, k.dtype, v.dtype):
+        raise ValueError(f"q, k, v must have one dtype, as autocast leaves float64 alone, {got}")
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

@@ -179,6 +179,17 @@ def test_autocast(backend):
     torch.testing.assert_close(x.grad, torch.autograd.grad(plain, x)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("wide", [0, 1, 2])
+def test_float64_among_other_dtypes_under_autocast(wide):
+    inputs = [normal(1, 2, 4, 8) for _ in range(3)]
+    inputs[wide] = inputs[wide].double()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"one dtype.*float64"):
+        ops.attention(*inputs)
+    inputs = [normal(1, 2, 4, 8), normal(1, 2, 4, 8).long(), normal(1, 2, 4, 8)]
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="floating point"):
+        ops.attention(*inputs)
+
+
 def test_compiled_under_autocast():
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16), fastldm.record() as rec:
