@@ -96,6 +96,20 @@ def test_the_default_negative_prompt_is_the_null_caption(pipeline, latents):
     assert (one - plain).abs().max() > 1e-3
 
 
+def test_each_picture_is_led_away_from_its_own_negative_prompt(pipeline, latents):
+    pipe, call = pipeline(), {**CALL, "guidance_scale": 3.0}
+    prompts, negatives = ["circle", "a star"], ["red", "a red circle"]
+    images = pipe(
+        prompts, negative_prompt=negatives, num_images_per_prompt=2, latents=latents(4), **call
+    ).images
+    for i, (prompt, negative) in enumerate((p, n) for p, n in zip(prompts, negatives) for _ in range(2)):
+        alone = pipe(prompt, negative_prompt=negative, latents=latents(4)[i : i + 1], **call).images
+        torch.testing.assert_close(images[i : i + 1], alone, atol=1e-4, rtol=0)
+        other = negatives[1 - negatives.index(negative)]
+        swapped = pipe(prompt, negative_prompt=other, latents=latents(4)[i : i + 1], **call).images
+        assert (swapped - alone).abs().max() > 1e-3
+
+
 def test_a_useless_negative_prompt_is_said(pipeline):
     with pytest.warns(UserWarning, match="no effect"):
         pipeline()("a star", negative_prompt="red", guidance_scale=1.0, **CALL)
