@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 _LIBRARY = torch.library.Library("fastldm", "DEF")
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -46,6 +47,14 @@ def define(
         f"fastldm::{name}", backward or _no_gradient(name), setup_context=setup_context, lib=_LIBRARY
     )
     return op
+
+
+def refuse_forward_mode(name: str, *inputs: torch.Tensor | None) -> None:
+    """Raises NotImplementedError for a dual tensor: PyTorch gives it a zero tangent here, without a word."""
+    if any(x is not None and unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            f"ops.{name} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); use backward"
+        )
 
 
 def _no_gradient(name: str) -> Callable:

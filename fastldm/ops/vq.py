@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastldm import dispatch
-from fastldm.ops._library import define
+from fastldm.ops._library import define, refuse_forward_mode
 
 
 def vq_nearest(z: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
@@ -40,7 +40,11 @@ def vq_quantize(z: Tensor, codebook: Tensor, *, backend: str = "auto") -> tuple[
         z_q: (..., D), exactly `codebook[indices]` in the dtype of `z`. Its gradient goes to `z` unchanged and
             none to the codebook (arXiv 1711.00937, section 3.2).
         indices: int64 (...).
+
+    Raises:
+        NotImplementedError: forward-mode differentiation (torch.func.jvp, jacfwd).
     """
+    refuse_forward_mode("vq_quantize", z)
     return _vq_quantize(*prepare_nearest(z, codebook), backend)
 
 

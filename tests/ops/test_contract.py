@@ -190,6 +190,26 @@ def test_float64_among_other_dtypes_under_autocast(wide):
         ops.attention(*inputs)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: ops.attention(x, x, x),
+        lambda x: ops.group_norm(x, 2),
+        lambda x: ops.group_norm(x.detach(), 2, x[0, :, 0, 0]),
+        lambda x: ops.vq_quantize(x, torch.eye(8))[0],
+    ],
+    ids=["attention", "group_norm", "group_norm-weight", "vq_quantize"],
+)
+def test_forward_mode_is_refused(function):
+    x = normal(1, 2, 4, 8)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(function, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        function(x)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            function(torch.autograd.forward_ad.make_dual(x, x))
+
+
 def test_compiled_under_autocast():
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16), fastldm.record() as rec:
