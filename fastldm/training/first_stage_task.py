@@ -39,7 +39,8 @@ class FirstStageModule(nn.Module):
         output = first_stage_forward(self.model, images)
         loss, logs = first_stage_step(self.model, self.loss, images, step=step, output=output)
         if self.loss.adversarial(step):
-            # The two losses share no gradient, so one backward pass and one optimiser serve both networks.
+            # The two losses share no gradient, so one backward pass and one optimiser serve both networks
+            # (the loop clips `FirstStageTask.adversary` by itself).
             discriminator_loss, more = self.loss.discriminator_loss(output, images)
             loss, logs = loss + discriminator_loss, {**logs, **more}
         logs.pop("loss", None)
@@ -62,6 +63,7 @@ class FirstStageTask:
         loss = FirstStageLoss(**checked_arguments(FirstStageLoss, config.loss, "loss"))
         self.module = FirstStageModule(model, loss)
         self.averaged = model
+        self.adversary = loss.discriminator
         self.every_step_trains_all = loss.discriminator is None
 
     def to(self, device: torch.device) -> None:

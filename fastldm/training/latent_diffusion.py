@@ -153,6 +153,7 @@ class LatentDiffusionTask:
             conditioner.compile()
         self.module = LatentDiffusionModule(unet, conditioner, self.schedule, config)
         self.averaged = self.module
+        self.adversary = None
         self.every_step_trains_all = True
         self.scaling_factor: float | None = None
         self.dataset: Any = self.pictures

@@ -66,6 +66,8 @@ class Task(Protocol):
     dictionary of scalars to log. Frozen networks are not part of it."""
     averaged: nn.Module
     """The part of `module` that is averaged (EMA), drawn and exported."""
+    adversary: nn.Module | None
+    """The part of `module` that has a loss of its own, a discriminator: its gradients are clipped apart."""
     dataset: Any
     """Map-style data set of dictionaries."""
     every_step_trains_all: bool
@@ -178,6 +180,13 @@ class _Run:
             self.task.load_state(checkpoint.task)
             self.step = checkpoint.step
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.clipped = {"grad_norm": self.parameters}
+        if self.task.adversary is not None:
+            # By one norm over both networks, the gradient of one would set the step of the other.
+            others = [p for p in self.task.adversary.parameters() if p.requires_grad]
+            theirs = {id(p) for p in others}
+            ours = [p for p in self.parameters if id(p) not in theirs]
+            self.clipped = {"grad_norm": ours, "discriminator_grad_norm": others}
         optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.optimizer.lr,
@@ -250,19 +259,24 @@ class _Run:
                 loss, logs = self.forward(batch, step=self.step, generator=generator)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and config.optimizer.max_grad_norm is not None:
-                    logs["grad_norm"] = accelerator.clip_grad_norm_(
-                        self.parameters, config.optimizer.max_grad_norm
-                    )
+                    logs.update(self._clip(config.optimizer.max_grad_norm))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             for key, value in {"loss": loss, **logs}.items():
                 sums[key] = sums.get(key, 0) + value.detach().float()
         micro_steps = config.gradient_accumulation_steps
-        means = {k: v if k == "grad_norm" else v / micro_steps for k, v in sums.items()}
+        means = {k: v if k in self.clipped else v / micro_steps for k, v in sums.items()}
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.task.averaged)
         self.pending.append((self.step, means))
+
+    def _clip(self, max_norm: float) -> dict[str, torch.Tensor]:
+        """Clip each network's gradients by their own norm; the norms before that."""
+        self.accelerator.unscale_gradients()
+        norms = {k: nn.utils.clip_grad_norm_(group, max_norm) for k, group in self.clipped.items()}
+        # A network without gradients (a discriminator that has not started) has a norm on the CPU.
+        return {key: norm.to(self.accelerator.device) for key, norm in norms.items()}
 
     def _log(self, writer: Any, bar: tqdm) -> None:
         """Average the steps since the last call over steps and processes; stop on a loss that is not finite.

@@ -34,6 +34,7 @@ class LineTask:
     """Fits y = 2 x with dropout and noise, so that a resumed run must repeat the random numbers too."""
 
     every_step_trains_all = True
+    adversary = None
 
     def __init__(self, before_step=None):
         self.module = LineModule()
@@ -461,6 +462,30 @@ def test_the_discriminator_learns_beside_the_autoencoder(vq_config):
     train(config, build, progress=False)
     trained = dict(tasks[0].module.loss.discriminator.named_parameters())
     assert all(not torch.equal(trained[key], value) for key, value in tasks[0].fresh.items())
+
+
+def test_autoencoder_and_discriminator_are_clipped_apart(vq_config, optimizer_steps):
+    config = vq_config(
+        "loss.disc_weight=0.5",
+        "loss.disc_start=1",
+        "loss.disc_channels=8",
+        "max_steps=2",
+        "optimizer.max_grad_norm=1e-3",
+    )
+    tasks = []
+
+    def build():
+        tasks.append(FirstStageTask(config))
+        return tasks[0]
+
+    train(config, build, progress=False)
+    discriminator = {id(p) for p in tasks[0].module.loss.discriminator.parameters()}
+    for (_, grads), started in zip(optimizer_steps, (False, True), strict=True):
+        theirs = [grad for key, grad in grads.items() if key in discriminator]
+        ours = [grad for key, grad in grads.items() if key not in discriminator]
+        assert norm(ours) == pytest.approx(1e-3, rel=1e-2)
+        assert bool(theirs) == started
+    assert norm(theirs) == pytest.approx(1e-3, rel=1e-2)
 
 
 TWO_PROCESSES = """
