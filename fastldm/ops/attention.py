@@ -28,7 +28,9 @@ def attention(
         k, v: (B, H, Sk, D), dtype and device of `q`. Under autocast all three are cast to the autocast dtype,
             unless they are float64.
         attn_mask: bool (True = attend) or floating point (added to the scores), broadcastable to (B, H, Sq,
-            Sk); or bool (B, Sk), a key-padding mask. No gradient reaches it.
+            Sk); or bool (B, Sk), a key-padding mask. No gradient reaches it. `k` and `v` must be finite where
+            they are masked (fill padding with zeros): any finite number there changes nothing, but NaN or
+            infinity may turn the rows of that batch and head into NaN, or may not, by backend.
         is_causal: query i sees keys 0..i (aligned at the top left, as in PyTorch); together with a mask both
             apply.
         scale: factor on the scores, 1 / sqrt(D) by default.

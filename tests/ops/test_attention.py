@@ -201,6 +201,29 @@ def test_key_padding_mask_of_two_dimensions(backend):
     torch.testing.assert_close(short[:1].double(), truth, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("additive", [False, True])
+def test_masked_keys_change_nothing(additive, dtype, backend):
+    """Any finite number may stand there; NaN may not, but stays in its batch and head."""
+    q, k, v, grad = attention_inputs(SMALL, dtype)
+    mask = (torch.arange(SMALL.keys) < 11)[None, None, None]
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    clean = run(ops.attention, (q, k, v, grad), attn_mask=mask, backend=backend)
+    k[:, :, 11:], v[:, :, 11:] = 1e4, -1e4
+    other = run(ops.attention, (q, k, v, grad), attn_mask=mask, backend=backend)
+    for a, b in zip(clean, other):
+        assert torch.equal(a, b)
+    assert (other[2][:, :, 11:] == 0).all()
+    assert (other[3][:, :, 11:] == 0).all()
+    k[0, 1, 12], v[0, 1, 12] = torch.nan, torch.nan
+    spoiled = run(ops.attention, (q, k, v, grad), attn_mask=mask, backend=backend)
+    for a, b in zip(clean, spoiled):
+        b[0, 1] = a[0, 1]
+        assert torch.equal(a, b)
+
+
 def test_reference_formulas_against_autograd():
     shape = AttentionShape(2, 2, 6, 5, 8)
     inputs = attention_inputs(shape, torch.float64)
