@@ -195,9 +195,12 @@ def find(backend: str, op: str) -> Implementation | str:
 
 
 @cache
-def _auto_chain(op: str, device_type: str) -> tuple[str, ...]:
+def _auto_chain(op: str, device_type: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The backends that "auto" tries, in order, and why those before the first of them are not there."""
     order = AUTO.get(device_type, AUTO_ELSEWHERE)
-    return tuple(name for name in order if isinstance(find(name, op), Implementation))
+    live = tuple(name for name in order if isinstance(find(name, op), Implementation))
+    absent = order[: order.index(live[0])] if live else order
+    return live, tuple(f"{name}: {find(name, op)}" for name in absent)
 
 
 def _reject(name: str, op: str, direction: str, args: tuple) -> str | None:
@@ -211,22 +214,32 @@ def _reject(name: str, op: str, direction: str, args: tuple) -> str | None:
     return implementation.supports_backward(*args)
 
 
+def _pass_by(name: str, op: str, direction: str, args: tuple) -> str | None:
+    """Why "auto" leaves a backend that could do the call to the next one."""
+    implementation = find(name, op)
+    return (implementation.slower if direction == "forward" else implementation.slower_backward)(*args)
+
+
 def run(op: str, direction: str, backend: str, args: tuple, state: State):
     """Runs `op` on the backend that `backend` (else the policy) names, or on the first of "auto" that can.
 
     Raises UnsupportedError where a named backend cannot.
     """
     policy = backend if backend != "auto" else state.policy
-    fallback = None
+    reasons: tuple[str, ...] = ()
     if policy == "auto":
-        for name in _auto_chain(op, args[0].device.type):
+        live, reasons = _auto_chain(op, args[0].device.type)
+        for name in live:
             reason = _reject(name, op, direction, args)
             if reason is None:
-                break
-            _warn_once(op, name, reason)
-            fallback = f"{fallback}; {name}: {reason}" if fallback else f"{name}: {reason}"
+                reason = _pass_by(name, op, direction, args)
+                if reason is None:
+                    break
+            else:
+                _warn_once(op, name, reason)
+            reasons = (*reasons, f"{name}: {reason}")
         else:
-            raise UnsupportedError(f"{op} {direction}: no backend can do this call ({fallback})")
+            raise UnsupportedError(f"{op} {direction}: no backend can do this call ({'; '.join(reasons)})")
     else:
         _check_name(policy)
         name = policy
@@ -238,9 +251,9 @@ def run(op: str, direction: str, backend: str, args: tuple, state: State):
     for recorder in state.recorders:
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         shapes = tuple(tuple(t.shape) for t in tensors)
-        recorder.calls.append(
-            Call(op, direction, name, shapes, tensors[0].dtype, str(tensors[0].device), fallback)
-        )
+        dtype, device = tensors[0].dtype, str(tensors[0].device)
+        fallback = "; ".join(reasons) or None
+        recorder.calls.append(Call(op, direction, name, shapes, dtype, device, fallback))
     return getattr(find(name, op), direction)(*args)
 
 
@@ -263,6 +276,8 @@ def why(op: str, backend: str, args: tuple) -> Explanation:
             reason = reason or f"not asked for: the policy is {policy!r}"
         elif policy == "auto" and name not in order:
             reason = reason or f"runs only when named, not chosen by 'auto' on {args[0].device.type}"
+        elif reason is None and policy == "auto" and (slower := _pass_by(name, op, "forward", args)):
+            reason = slower
         elif reason is None and chosen is None:
             chosen = name
             reason = "chosen" if policy == "auto" else "chosen: required by name"

