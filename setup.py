@@ -1,20 +1,58 @@
-"""What pyproject.toml cannot say: where the packages come from.
+"""What pyproject.toml cannot say: where the packages come from, and the optional compiled extension.
 
 `kernels/<op>` installs as `fastldm.kernels.<op>`, and the C++ and CUDA sources as data of `fastldm.csrc`, so
-that an installed copy can be compiled later. It imports without torch: metadata never depends on the machine.
+that an installed copy can be compiled later, by `fastldm build`. It imports without torch: metadata never
+depends on the machine. FASTLDM_BUILD=1 compiles the extension into the wheel; torch must then be installed,
+and pip be given --no-build-isolation.
 """
 
+import os
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+WITH_EXTENSION = os.environ.get("FASTLDM_BUILD", "0") not in ("", "0")
 
 
 def kernel_packages() -> dict[str, str]:
     """Package name -> folder of every Triton kernel package."""
     found = find_packages(str(ROOT / "kernels"))
     return {f"fastldm.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in found}
+
+
+class BuildPython(build_py):
+    """Copies the packages and, where asked, compiles the extension beside them."""
+
+    def run(self):
+        super().run()
+        # What an earlier build of this folder left would travel in this wheel.
+        for stale in Path(self.build_lib, "fastldm", "native").glob("*.so"):
+            stale.unlink()
+        if WITH_EXTENSION:
+            sys.path.insert(0, str(ROOT))
+            from fastldm.native import build
+
+            if self.editable_mode:
+                build.build()
+                return
+            target = Path(self.build_lib, "fastldm", "native", build.binary_name())
+            build.compile_extension(target, build.find_compiler(), build.silent)
+
+
+class Wheel(bdist_wheel):
+    """With the extension inside, a wheel fits one platform but, by PyTorch's stable ABI, every Python 3."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = not WITH_EXTENSION
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if WITH_EXTENSION else (python, abi, platform)
 
 
 setup(
@@ -24,4 +62,5 @@ setup(
         "fastldm": ["configs/*.yaml", "assets/**/*"],
         "fastldm.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh", "*.md"],
     },
+    cmdclass={"build_py": BuildPython, "bdist_wheel": Wheel},
 )

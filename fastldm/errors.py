@@ -29,3 +29,7 @@ class UnsupportedError(FastLDMError, NotImplementedError):
 
 class TrainingError(FastLDMError, RuntimeError):
     """Training cannot go on, for example after a loss that is not finite."""
+
+
+class BuildError(FastLDMError, RuntimeError):
+    """The C++ kernels cannot be compiled."""

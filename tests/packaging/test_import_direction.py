@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "testing": BASE | KERNELS | {"dispatch"},
     "env": BASE | KERNELS | {"dispatch", "ops"},
     "cli": BASE
-    | {"io", "pictures", "models", "diffusion", "systems", "training", "evaluation", "dispatch", "env"},
+    | {"io", "pictures", "models", "diffusion", "systems", "training", "evaluation"}
+    | {"dispatch", "env", "native"},
     "__main__": {"cli"},
 }
 

@@ -1,0 +1,230 @@
+"""Compiles `csrc/` into the extension that holds the C++ CPU kernels.
+
+`fastldm build` and, with FASTLDM_BUILD=1, `setup.py` both come here. The extension speaks PyTorch's stable
+ABI, so one binary serves every Python and every PyTorch from 2.11 on; kernels are compiled once per
+instruction set, and the best one that the machine has is chosen when the extension is loaded
+(csrc/cpu/isa.cpp).
+
+Importing this module imports neither torch nor anything outside the standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from fastldm.errors import BuildError
+
+# The oldest PyTorch whose stable ABI the extension uses: 2.11, in the encoding of torch/headeronly/version.h.
+_TORCH_TARGET_VERSION = "0x020b000000000000"
+
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-DNDEBUG")
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16")
+# Instruction sets in the order in which each needs the ones before it.
+_X86 = {
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": _AVX512_BF16,
+    "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+}
+# The instruction sets, beside plain C++, that each source of kernels gains from.
+_KERNELS = {
+    "cpu/attention.cpp": ("avx2", "avx512", "avx512_bf16", "amx"),
+    "cpu/group_norm.cpp": ("avx2", "avx512"),
+    "cpu/vq.cpp": ("avx2", "avx512"),
+}
+
+
+Progress = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """The progress report of nobody."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    command: tuple[str, ...]
+    version: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What has to be run: one command per object file, with the name of that file, and the link command."""
+
+    objects: dict[str, tuple[str, ...]]
+    link: tuple[str, ...]
+    isas: tuple[str, ...]
+
+
+@cache
+def sources_folder() -> Path:
+    """`csrc/` of the checkout, or its copy in an installed wheel."""
+    package = Path(__file__).resolve().parents[1]
+    installed, checkout = package / "csrc", package.parent / "csrc"
+    return installed if installed.is_dir() else checkout
+
+
+@cache
+def sources_hash() -> str:
+    """Of what is compiled and how: the sources, the flags and the kind of machine."""
+    digest = hashlib.sha256(repr((_FLAGS, _X86, _KERNELS, platform.system(), platform.machine())).encode())
+    folder = sources_folder()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".cpp", ".h")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where `fastldm build` keeps what it compiled: FASTLDM_CACHE, else `fastldm` in the user's cache."""
+    chosen = os.environ.get("FASTLDM_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastldm"
+
+
+def binary_name() -> str:
+    return f"fastldm_cpu-{sources_hash()}.so"
+
+
+def find_binary() -> Path | None:
+    """The extension made of exactly these sources: inside the package, else the latest in the cache."""
+    packaged = Path(__file__).parent / binary_name()
+    if packaged.is_file():
+        return packaged
+    built = list(cache_folder().glob(f"*/{binary_name()}"))
+    return max(built, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def find_compiler() -> Compiler:
+    """CXX, else the first of c++, g++ and clang++. Raises BuildError where there is none."""
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
+        command = tuple(shlex.split(name))
+        if command and shutil.which(command[0]):
+            answer = subprocess.run([*command, "--version"], capture_output=True, text=True)
+            if answer.returncode == 0 and answer.stdout:
+                return Compiler(command, answer.stdout.splitlines()[0])
+    given = (
+        f"CXX={wanted} is not a C++ compiler" if wanted else "no C++ compiler (c++, g++ or clang++) was found"
+    )
+    raise BuildError(f"{given}; install g++ 9 or clang++ 11, or newer, or name one in CXX")
+
+
+def recipe(compiler: Compiler, output: Path) -> Recipe:
+    """How to compile and link the extension into `output`. Raises BuildError without PyTorch's headers."""
+    torch = importlib.util.find_spec("torch")
+    include = Path(torch.origin).parent / "include" if torch and torch.origin else None
+    if include is None or not (include / "torch/csrc/stable/library.h").is_file():
+        raise BuildError("PyTorch 2.11 or newer must be installed, with its headers, to compile against")
+    folder = sources_folder()
+    if not (folder / "bindings.cpp").is_file():
+        raise BuildError(f"the C++ sources are not in {folder}; install fastldm again")
+    isas = ("plain", *_supported(compiler))
+    compile_ = (*compiler.command, *_FLAGS, "-c")
+    bindings = (f"-DTORCH_TARGET_VERSION={_TORCH_TARGET_VERSION}", f"-isystem{include}")
+    built = tuple(f"-DFASTLDM_BUILT_{isa}" for isa in isas)
+    objects = {
+        "bindings": (*compile_, *bindings, str(folder / "bindings.cpp")),
+        "isa": (*compile_, *built, str(folder / "cpu/isa.cpp")),
+    }
+    for source, gains in _KERNELS.items():
+        for isa in isas:
+            if isa == "plain" or isa in gains:
+                flags = (f"-DFASTLDM_ISA={isa}", *_X86.get(isa, ()))
+                objects[f"{Path(source).stem}-{isa}"] = (*compile_, *flags, str(folder / source))
+    shared = (
+        ("-dynamiclib", "-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ("-shared",)
+    )
+    return Recipe(objects, (*compiler.command, *shared, "-o", str(output)), isas)
+
+
+def _supported(compiler: Compiler) -> Iterator[str]:
+    """The instruction sets of this kind of machine that the compiler knows, up to the first it does not."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return
+    for isa, flags in _X86.items():
+        command = [*compiler.command, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+        if subprocess.run(command, capture_output=True).returncode != 0:
+            return
+        yield isa
+
+
+def compile_extension(output: Path, compiler: Compiler, progress: Progress) -> tuple[str, ...]:
+    """Compiles and links into `output`, which appears at once when it is whole; the instruction sets in it.
+
+    `progress(done, total)` is called after each command. Raises BuildError with the compiler's first error.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as name:
+        folder = Path(name)
+        plan = recipe(compiler, folder / output.name)
+        total = len(plan.objects) + 1
+        progress(0, total)
+        files = {stem: folder / f"{stem}.o" for stem in plan.objects}
+        with ThreadPoolExecutor(_usable_cores()) as pool:
+            jobs = [pool.submit(_run, (*plan.objects[stem], "-o", str(path))) for stem, path in files.items()]
+            try:
+                for done, job in enumerate(as_completed(jobs), start=1):
+                    job.result()
+                    progress(done, total)
+            except BuildError:
+                pool.shutdown(cancel_futures=True)
+                raise
+        _run((*plan.link, *map(str, files.values())))
+        os.replace(folder / output.name, output)
+        progress(total, total)
+    return plan.isas
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(command: tuple[str, ...]) -> None:
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode != 0:
+        lines = [line for line in answer.stderr.splitlines() if "error" in line] or answer.stderr.splitlines()
+        reason = lines[0] if lines else f"exit code {answer.returncode}"
+        raise BuildError(f"compiling the C++ kernels failed: {reason} (command: {shlex.join(command)})")
+
+
+def build(progress: Progress = silent, *, force: bool = False) -> Path:
+    """Compiles into the cache unless it is there already from these sources and this compiler; its path.
+
+    Processes that build at once wait for each other. Raises BuildError.
+    """
+    from filelock import FileLock
+
+    compiler = find_compiler()
+    key = hashlib.sha256(repr(compiler).encode()).hexdigest()[:8]
+    output = cache_folder() / key / binary_name()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(output.parent / "build.lock"):
+            if force or not output.is_file():
+                isas = compile_extension(output, compiler, progress)
+                about = {"compiler": compiler.version, "command": compiler.command, "instruction_sets": isas}
+                output.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
+            # The latest is the one that is loaded.
+            output.touch()
+    except OSError as error:
+        raise BuildError(
+            f"cannot write to {output.parent}: {error.strerror or error}; set FASTLDM_CACHE"
+        ) from error
+    return output

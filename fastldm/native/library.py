@@ -1,0 +1,25 @@
+"""Loads the compiled extension."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from fastldm.errors import UnsupportedError
+from fastldm.native.build import find_binary
+
+
+@cache
+def load():
+    """The namespace of the extension's operations; raises UnsupportedError saying why where there is none."""
+    path = find_binary()
+    if path is None:
+        raise UnsupportedError("the C++ kernels are not built; run `fastldm build`")
+    try:
+        torch.ops.load_library(str(path))
+        torch.ops.fastldm_cpu.isa()
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedError(f"{path} cannot be used: {reason}; run `fastldm build --force`") from error
+    return torch.ops.fastldm_cpu
