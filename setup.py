@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -43,12 +43,15 @@ class BuildPython(build_py):
             build.compile_extension(target, build.find_compiler(), build.silent)
 
 
+class WithExtension(Distribution):
+    """Makes setuptools treat the packages as platform-specific."""
+
+    def has_ext_modules(self):
+        return WITH_EXTENSION
+
+
 class Wheel(bdist_wheel):
     """With the extension inside, a wheel fits one platform but, by PyTorch's stable ABI, every Python 3."""
-
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = not WITH_EXTENSION
 
     def get_tag(self):
         python, abi, platform = super().get_tag()
@@ -62,5 +65,6 @@ setup(
         "fastldm": ["configs/*.yaml", "assets/**/*"],
         "fastldm.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh", "*.md"],
     },
+    distclass=WithExtension,
     cmdclass={"build_py": BuildPython, "bdist_wheel": Wheel},
 )

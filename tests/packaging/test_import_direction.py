@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "eager": BASE | {"implementation", "reference"},
     "dispatch": BASE | KERNELS,
     "ops": BASE | {"dispatch"},
-    "nn": BASE | {"ops"},
+    "nn": BASE | {"ops", "dispatch"},
     "models": BASE | {"ops", "nn", "io"},
     "diffusion": BASE,
     "systems": BASE | {"ops", "nn", "io", "pictures", "models", "diffusion"},

@@ -88,6 +88,34 @@ def test_wheel(checkout, hf_kernels, tmp_path):
     assert str(hf_kernels) in out
 
 
+def test_wheel_with_the_extension(checkout, tmp_path, monkeypatch):
+    """One wheel for every Python 3 of the platform; the next wheel of the same folder is pure again."""
+    compiler = tmp_path / "fake-c++"
+    compiler.write_text(
+        '#!/bin/sh\nif [ "$1" = --version ]; then echo fake; fi\n'
+        'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then echo built > "$2"; fi; shift; done\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    command = ("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "dist"), ".")
+    monkeypatch.setenv("FASTLDM_BUILD", "1")
+    pip(*command, cwd=checkout)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert "-py3-none-" in wheel.name
+    assert not wheel.name.endswith("-any.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    find = "from fastldm.native.build import find_binary; print(find_binary())"
+    found = run(sys.executable, find, tmp_path / "installed", SITE, cwd=tmp_path)
+    assert Path(found).parent == tmp_path / "installed" / "fastldm" / "native"
+
+    wheel.unlink()
+    monkeypatch.delenv("FASTLDM_BUILD")
+    pip(*command, cwd=checkout)
+    (pure,) = (tmp_path / "dist").glob("*.whl")
+    assert pure.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(pure).namelist())
+
+
 @pytest.mark.parametrize("mode", ["default", "strict", "compat"])
 def test_editable(checkout, hf_kernels, tmp_path, mode):
     venv = tmp_path / "venv"
