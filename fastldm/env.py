@@ -11,6 +11,8 @@ import torch
 
 from fastldm import dispatch
 from fastldm._version import __version__
+from fastldm.errors import UnsupportedError
+from fastldm.native import library
 
 _PACKAGES = (
     "torch",
@@ -80,7 +82,12 @@ def _cpu() -> str:
     except OSError:
         pass
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{model}, {os.cpu_count()} cores, PyTorch uses {capability} and {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    line = f"{model}, {os.cpu_count()} cores, PyTorch uses {capability} and {threads} threads"
+    try:
+        return f"{line}, the C++ kernels use {library.load().isa()}"
+    except UnsupportedError:
+        return line
 
 
 def _gpu() -> list[str]:
