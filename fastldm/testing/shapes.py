@@ -1,5 +1,5 @@
-"""Named shapes: the layers of diffusion models cut down to test size, and the sizes at which kernels
-break."""
+"""Named shapes: the layers of diffusion models at their own size (benchmarks) and cut down to test size, with
+the sizes at which kernels break (tests)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ class GroupNormShape(NamedTuple):
 class VQShape(NamedTuple):
     num_codes: int
     dim: int
+
+
+class VQLayer(NamedTuple):
+    """A codebook and how many rows are looked up in it: batch * height * width of the latents."""
+
+    rows: int
+    codebook: VQShape
 
 
 ATTENTION: dict[str, AttentionShape] = {
@@ -72,4 +79,40 @@ VQ: dict[str, VQShape] = {
     "odd": VQShape(37, 5),
     "one-code": VQShape(1, 4),
     "one-dim": VQShape(100, 1),
+}
+
+# Layers at the size they have in a model: model, side of the feature map, kind, head dim or channels. UNets
+# take two samples at once (classifier-free guidance); "demo" is the model that ships.
+ATTENTION_LAYERS: dict[str, AttentionShape] = {
+    "sd15-64px-self-d40": AttentionShape(2, 8, 4096, 4096, 40),
+    "sd15-64px-text-d40": AttentionShape(2, 8, 4096, 77, 40),
+    "sd15-32px-self-d80": AttentionShape(2, 8, 1024, 1024, 80),
+    "sd15-32px-text-d80": AttentionShape(2, 8, 1024, 77, 80),
+    "sd15-16px-self-d160": AttentionShape(2, 8, 256, 256, 160),
+    "sd15-16px-text-d160": AttentionShape(2, 8, 256, 77, 160),
+    "sd15-8px-self-d160": AttentionShape(2, 8, 64, 64, 160),
+    "sd15-8px-text-d160": AttentionShape(2, 8, 64, 77, 160),
+    "sdxl-64px-self-d64": AttentionShape(2, 10, 4096, 4096, 64),
+    "sdxl-64px-text-d64": AttentionShape(2, 10, 4096, 77, 64),
+    "vae-64px-self-d512": AttentionShape(1, 1, 4096, 4096, 512),
+    "demo-8px-self-d24": AttentionShape(2, 4, 64, 64, 24),
+    "demo-8px-text-d24": AttentionShape(2, 4, 64, 24, 24),
+    "demo-4px-self-d32": AttentionShape(2, 4, 16, 16, 32),
+}
+
+GROUP_NORM_LAYERS: dict[str, GroupNormShape] = {
+    "unet-64px-c320": GroupNormShape((1, 320, 64, 64), 32),
+    "unet-32px-c640": GroupNormShape((2, 640, 32, 32), 32),
+    "unet-16px-c1280": GroupNormShape((2, 1280, 16, 16), 32),
+    "unet-8px-c1280": GroupNormShape((2, 1280, 8, 8), 32),
+    "vae-128px-c512": GroupNormShape((1, 512, 128, 128), 32),
+    "vae-256px-c128": GroupNormShape((4, 128, 256, 256), 32),
+    "demo-8px-c96": GroupNormShape((2, 96, 8, 8), 16),
+    "demo-4px-c128": GroupNormShape((2, 128, 4, 4), 16),
+}
+
+VQ_LAYERS: dict[str, VQLayer] = {
+    f"{name}-{rows}": VQLayer(rows, VQ[name])
+    for name in ("vq-vae", "ldm-f4", "movq", "vqgan")
+    for rows in (256, 4096, 16384, 65536)
 }
