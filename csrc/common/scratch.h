@@ -17,7 +17,6 @@ struct Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  T& operator[](std::size_t index) { return data[index]; }
   operator T*() { return data; }
 };
 

@@ -105,5 +105,13 @@ static inline Vec scale_by_power_of_two(Vec x, Vec n) {
 static inline Vec keep_nan(Vec result, Vec x) {
   return {_mm256_blendv_ps(result.v, x.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))};
 }
+// x where a < b, else y; y where either is NaN.
+static inline Vec select_less(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+// Bit i is 1 unless a > b in lane i, so also where either is NaN.
+static inline std::uint32_t bits_not_greater(Vec a, Vec b) {
+  return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NGT_UQ)));
+}
 
 }  // namespace fastldm::FASTLDM_ISA

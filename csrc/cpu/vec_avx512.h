@@ -77,5 +77,13 @@ static inline Vec scale_by_power_of_two(Vec x, Vec n) { return {_mm512_scalef_ps
 static inline Vec keep_nan(Vec result, Vec x) {
   return {_mm512_mask_mov_ps(result.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), x.v)};
 }
+// x where a < b, else y; y where either is NaN.
+static inline Vec select_less(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
+// Bit i is 1 unless a > b in lane i, so also where either is NaN.
+static inline std::uint32_t bits_not_greater(Vec a, Vec b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NGT_UQ);
+}
 
 }  // namespace fastldm::FASTLDM_ISA

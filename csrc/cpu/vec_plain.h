@@ -157,5 +157,15 @@ static inline Vec scale_by_power_of_two(Vec x, Vec n) {
 static inline Vec keep_nan(Vec result, Vec x) {
   return map([&](int i) { return x.v[i] != x.v[i] ? x.v[i] : result.v[i]; });
 }
+// x where a < b, else y; y where either is NaN.
+static inline Vec select_less(Vec a, Vec b, Vec x, Vec y) {
+  return map([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
+}
+// Bit i is 1 unless a > b in lane i, so also where either is NaN.
+static inline std::uint32_t bits_not_greater(Vec a, Vec b) {
+  std::uint32_t bits = 0;
+  for (int i = 0; i < Vec::lanes; ++i) bits |= static_cast<std::uint32_t>(!(a.v[i] > b.v[i])) << i;
+  return bits;
+}
 
 }  // namespace fastldm::FASTLDM_ISA
