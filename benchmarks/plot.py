@@ -36,11 +36,11 @@ def draw(files: Iterable[Path], folder: Path | None = None) -> list[Path]:
 
 
 def relative(rows: Sequence[dict], baseline: str) -> dict[str, dict[str, float]]:
-    """{provider: {shape: how many times faster than the baseline}} of rows that differ in nothing else."""
+    """{provider: {shape: how many times as fast as the baseline}} of rows that differ in nothing else."""
     times = {(row["provider"], row["shape"]): row["seconds"] for row in rows}
     found: dict[str, dict[str, float]] = {}
     for (provider, shape), seconds in times.items():
-        if (baseline, shape) in times:
+        if provider != baseline and (baseline, shape) in times:
             found.setdefault(provider, {})[shape] = times[baseline, shape] / seconds
     return found
 
@@ -55,7 +55,7 @@ def _picture(target: Path, rows: Sequence[dict], document: dict) -> None:
     for row in rows:
         panels.setdefault((row["dtype"], row["layout"], row["direction"]), []).append(row)
     speeds = {key: relative(panel, baseline) for key, panel in panels.items()}
-    colours = _colours(rows, baseline)
+    colours = _colours(rows)
     bars = sum(len(values) for panel in speeds.values() for values in panel.values())
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
@@ -65,7 +65,7 @@ def _picture(target: Path, rows: Sequence[dict], document: dict) -> None:
         _panel(axis, panel, colours)
         axis.set_title(", ".join(key), fontsize=10)
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
+        axis.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5), numticks=12))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(f"times as fast as PyTorch ({baseline})", fontsize=8)
@@ -85,13 +85,13 @@ def _picture(target: Path, rows: Sequence[dict], document: dict) -> None:
         raise InputError(f"cannot write {target}: {error.strerror or error}") from error
 
 
-def _colours(rows: Sequence[dict], baseline: str) -> dict[str, str]:
-    """Blues for ours, other colours for rivals, black for the baseline; in order of appearance."""
+def _colours(rows: Sequence[dict]) -> dict[str, str]:
+    """Blues for ours, other colours for rivals, in order of appearance."""
     found = {}
     for ours, palette in ((True, _OURS), (False, _RIVALS)):
-        names = dict.fromkeys(r["provider"] for r in rows if r["ours"] == ours and r["provider"] != baseline)
+        names = dict.fromkeys(row["provider"] for row in rows if row["ours"] == ours)
         found |= {name: palette[i % len(palette)] for i, name in enumerate(names)}
-    return {**found, baseline: "#222222"}
+    return found
 
 
 def _panel(axis, panel: dict[str, dict[str, float]], colours: dict[str, str]) -> None:
@@ -105,5 +105,5 @@ def _panel(axis, panel: dict[str, dict[str, float]], colours: dict[str, str]) ->
         axis.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=6, padding=2)
     axis.axvline(1.0, color="#222222", linewidth=0.8)
     axis.set_yticks(range(len(shapes)), shapes)
-    axis.invert_yaxis()
+    axis.set_ylim(len(shapes) - 0.4, -0.6)
     axis.margins(x=0.12)
