@@ -7,9 +7,10 @@ is off by at most
     bound = g (E^2 + 2 ||z'|| E) + tiny,   g = n u / (1 - n u),   n = D + 8,   u = 2^-24,   E = max_k ||e'_k||
 
 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); the 8 pays for rounding z', e' and
-||e'||^2 to float32 and for the last addition, `tiny` for what underflows. So the best code is the nearest if
-the next one's score is more than 2 bound away. Otherwise the codes within 2 bound of the best are compared by
-their float64 distances.
+||e'||^2 to float32 and for the last addition, `tiny` for what underflows. The float64 distance that decides is
+itself off by up to (D + 4) 2^-53 (||z'|| + E)^2, which is added to the bound: codes that vanish beside z tie.
+So the best code is the nearest if the next one's score is more than 2 bound away. Otherwise the codes within
+2 bound of the best are compared by their float64 distances.
 """
 
 from __future__ import annotations
@@ -57,10 +58,12 @@ class _Codes:
     def rows(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(-2 z', 1) in float32, and the bound in float64, for the rows of z (R, D)."""
         shifted = z.double() - self.centre
-        size = self.largest + 2.0 * shifted.square().sum(dim=1).sqrt()
+        length = shifted.square().sum(dim=1).sqrt()
+        size = self.largest + 2.0 * length
         tiny = z.shape[1] * 2.0**-124 * (1.0 + size)
         size = size * self.largest
-        bound = (self.relative_error * size + tiny).masked_fill_(~(size < _SAFE), torch.inf)
+        truth = (z.shape[1] + 4) * 2.0**-53 * (length + self.largest).square()
+        bound = (self.relative_error * size + truth + tiny).masked_fill_(~(size < _SAFE), torch.inf)
         return torch.cat([shifted.mul_(-2.0), shifted.new_ones(z.shape[0], 1)], dim=1).float(), bound
 
 
