@@ -7,10 +7,10 @@ is off by at most
     bound = g (E^2 + 2 ||z'|| E) + tiny,   g = n u / (1 - n u),   n = D + 8,   u = 2^-24,   E = max_k ||e'_k||
 
 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); the 8 pays for rounding z', e' and
-||e'||^2 to float32 and for the last addition, `tiny` for what underflows. The float64 distance that decides is
-itself off by up to (D + 4) 2^-53 (||z'|| + E)^2, which is added to the bound: codes that vanish beside z tie.
-So the best code is the nearest if the next one's score is more than 2 bound away. Otherwise the codes within
-2 bound of the best are compared by their float64 distances.
+||e'||^2 to float32 and for the last addition, `tiny` for what underflows. The float64 distance that decides
+is itself off by up to (D + 4) 2^-53 (||z'|| + E)^2, which is added to the bound: codes that vanish beside z
+tie. So the best code is the nearest if the next one's score is more than 2 bound away. Otherwise the codes
+within 2 bound of the best are compared by their float64 distances.
 """
 
 from __future__ import annotations
