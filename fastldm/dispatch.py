@@ -13,7 +13,7 @@ import importlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -182,6 +182,22 @@ def remember(tensor: torch.Tensor) -> None:
 def remembered(tensor: torch.Tensor) -> State:
     """The state tied to the memory of `tensor`, else the one in force."""
     return getattr(tensor.untyped_storage(), "_fastldm_state", None) or current_state()
+
+
+def keeping_state(function: Callable) -> Callable:
+    """`function`, to be called later or in another thread, under the state in force now."""
+    state = _state.get()
+    if state is None:
+        return function
+
+    def kept(*args):
+        token = _state.set(state)
+        try:
+            return function(*args)
+        finally:
+            _state.reset(token)
+
+    return kept
 
 
 @cache
