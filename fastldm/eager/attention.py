@@ -67,13 +67,19 @@ def _forward(q, k, v, attn_mask, is_causal, scale, need_lse):
         return _forward_cpu(q, k, v, attn_mask, is_causal, scale, need_lse)
     if need_lse:
         return _forward_blocks(q, k, v, attn_mask, is_causal, scale)
+    return in_layout_of(_forward_plain(q, k, v, attn_mask, is_causal, scale), q), _no_lse(q)
+
+
+def _forward_plain(q, k, v, attn_mask, is_causal, scale):
     mask = _additive(attn_mask, q, k, is_causal, merge_causal=attn_mask is not None)
-    if mask is not None:
-        mask = mask.to(q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal and mask is None, scale=scale)
-    if mask is not None:
-        out = out.masked_fill(_dead_rows(mask, q, k, False).unsqueeze(-1), 0.0)
-    return in_layout_of(out, q), _no_lse(q)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
+    dead = _dead_rows(mask, q, k, False).unsqueeze(-1)
+    if mask.dtype != q.dtype:
+        # float16 makes -1e9 an infinity, which in a whole row of them means another thing. What softmax does
+        # not notice: the largest number of each row becomes 0, and then only weights of exp(-65504) are lost.
+        mask = (mask - mask.amax(dim=-1, keepdim=True).masked_fill(dead, 0.0)).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).masked_fill(dead, 0.0)
 
 
 def _no_lse(q: Tensor) -> Tensor:
@@ -125,11 +131,28 @@ def _blocks(q: Tensor, k: Tensor) -> range:
     return range(0, q.shape[2], rows)
 
 
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T in float32 (float64), by the matrix units of the dtype of a and b.
+
+    float16 overflows past 65504, so there each row is first divided by the power of two above its largest
+    number.
+    """
+    if a.dtype != torch.float16:
+        return (a @ b.transpose(-2, -1)).to(torch.promote_types(torch.float32, a.dtype))
+    (a, a_size), (b, b_size) = _unit_rows(a), _unit_rows(b)
+    return (a @ b.transpose(-2, -1)).float().mul_(a_size).mul_(b_size.transpose(-2, -1))
+
+
+def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / size in [-1, 1], and size (..., 1) in float32, powers of two."""
+    wide = x.float()
+    size = torch.exp2(torch.frexp(wide.abs().amax(dim=-1, keepdim=True)).exponent.float())
+    return (wide / size).to(x.dtype), size
+
+
 def _block_scores(q, k, mask, start, stop, scale):
     """float32 (float64) scores of the query rows start .. stop - 1, masked."""
-    scores = (q[:, :, start:stop] @ k.transpose(-2, -1)).to(
-        torch.promote_types(torch.float32, q.dtype)
-    ) * scale
+    scores = _products(q[:, :, start:stop], k) * scale
     if mask is None:
         return scores
     return scores + (mask if mask.shape[-2] == 1 else mask[..., start:stop, :])
@@ -165,7 +188,7 @@ def _backward_blocks(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):
         scores = _block_scores(q, k, mask, start, stop, scale)
         p = torch.softmax(scores, dim=-1).masked_fill(dead[:, :, rows], 0.0)
         grad_v += p.to(q.dtype).transpose(-2, -1) @ grad_out[:, :, rows]
-        grad_p = (grad_out[:, :, rows] @ v.transpose(-2, -1)).to(lse.dtype)
+        grad_p = _products(grad_out[:, :, rows], v)
         grad_s = (p * (grad_p - delta[:, :, rows]) * scale).to(q.dtype)
         grad_q[:, :, rows] = grad_s @ k
         grad_k += grad_s.transpose(-2, -1) @ q[:, :, rows]

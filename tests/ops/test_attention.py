@@ -143,8 +143,6 @@ def test_huge_log_sum_exp(name, backend):
     """As a finite mask of -1e9 over a whole row, or |x| ~ 6e4 in float16, make it."""
     inputs, mask = huge_lse_inputs(name)
     if backend == "blocks":
-        if name == "6e4":
-            inputs = tuple(x.float() for x in inputs)
         q, k, v, grad = inputs
         eager = importlib.import_module("fastldm.eager.attention")
         out, lse = eager._forward_blocks(q, k, v, mask, False, None)
@@ -156,9 +154,11 @@ def test_huge_log_sum_exp(name, backend):
     plain = run(plain_attention, [x.float() for x in inputs], attn_mask=mask)
     for what, result, exact, rough in zip(("out", "dq", "dk", "dv"), results, truth, plain):
         if (name, what) == ("6e4", "dq"):
-            # 0 by cancellation: the error of dS = P (dP - rowsum(P dP)), P = 1 / Sk, times k.
+            # 0 by cancellation: the error of dS = P (dP - rowsum(P dP)), P = 1 / Sk, times k. The blocks
+            # form dP in float16.
             _, _, v, grad = (x.double().norm(dim=-1).max() for x in inputs)
-            error = 2 * terms(inputs) * torch.finfo(torch.float32).eps * v * grad
+            eps = torch.finfo(torch.float16 if backend == "blocks" else torch.float32).eps
+            error = 2 * terms(inputs) * eps * v * grad
             assert result.abs().max() <= SMALL.head_dim**-0.5 * 6e4 * error
         else:
             assert_as_accurate(result, exact, rough.to(result.dtype), what, terms=terms(inputs))
@@ -255,6 +255,44 @@ def test_blockwise_path_of_the_torch_backend(monkeypatch):
             grads = eager._backward_blocks(grad, q, k, v, out, lse, mask, is_causal, None)
             for result, exact, rough in zip((out, *grads), truth, plain):
                 assert_as_accurate(result, exact, rough, f"{kind} {is_causal}", terms=terms(inputs))
+
+
+@pytest.mark.parametrize("size", [2.0**8, 2.0**-12])
+def test_blockwise_path_of_float16_far_from_one(size):
+    """q . k and dout . v beyond 65504, or near the underflow, where scores and results are not."""
+    eager = importlib.import_module("fastldm.eager.attention")
+    ordinary = attention_inputs(AttentionShape(2, 2, 23, 11, 64), torch.float16)
+    inputs = q, k, v, grad = [x * size for x in ordinary]
+    scale = 0.25 / size**2
+    out, lse = eager._forward_blocks(q, k, v, None, False, scale)
+    grads = eager._backward_blocks(grad, q, k, v, out, lse, None, False, scale)
+    truth = run(plain_attention, [x.double() for x in inputs], scale=scale)
+    # Outputs and gradients are all proportional to the size: at size 1 plain float16 says what is fair.
+    plain = run(plain_attention, ordinary, scale=0.25)
+    for what, result, exact, rough in zip(("out", "dq", "dk", "dv"), (out, *grads), truth, plain):
+        assert_as_accurate(result / size, exact / size, rough, what, terms=terms(inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_mask_without_gradient_elsewhere_than_on_the_cpu(dtype):
+    """Rows that -1e9 covers in whole or in part keep their meaning, as does -inf."""
+    eager = importlib.import_module("fastldm.eager.attention")
+    q, k, v, _ = inputs = attention_inputs(SMALL, dtype)
+    mask = torch.randn(1, 1, SMALL.queries, SMALL.keys, generator=torch.Generator().manual_seed(1))
+    mask[:, :, 3, 4:] = -torch.inf
+    mask[:, :, 4] = -torch.inf
+    # The same as float16 can hold it.
+    held = mask.clone()
+    mask[:, :, 0], held[:, :, 0] = -1e9, 0.0
+    mask[:, :, 1, :4], held[:, :, 1, :4] = -1e5, 0.0
+    mask[:, :, 1, 4:], held[:, :, 1, 4:] = -1e9, -torch.inf
+    mask[:, :, 2, 4:], held[:, :, 2, 4:] = -1e9, -torch.inf
+    for is_causal in (False, True):
+        out = eager._forward_plain(q, k, v, mask, is_causal, None)
+        doubles = [x.double() for x in inputs[:3]]
+        truth = plain_attention(*doubles, attn_mask=mask, is_causal=is_causal)
+        plain = plain_attention(q, k, v, attn_mask=held, is_causal=is_causal)
+        assert_as_accurate(out, truth, plain, f"causal: {is_causal}", terms=terms(inputs))
 
 
 Q = torch.randn(2, 2, 4, 8)
