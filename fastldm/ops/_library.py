@@ -49,12 +49,32 @@ def define(
     return op
 
 
-def refuse_forward_mode(name: str, *inputs: torch.Tensor | None) -> None:
-    """Raises NotImplementedError for a dual tensor: PyTorch gives it a zero tangent here, without a word."""
+def refuse_transforms(name: str, *inputs: torch.Tensor | None) -> None:
+    """Raises NotImplementedError for the derivatives that an op registered here cannot give.
+
+    To a dual tensor (forward mode) PyTorch would give a zero tangent, without a word; to torch.func.grad and
+    its like an error about autograd.Function and setup_context.
+    """
     if any(x is not None and unpack_dual(x).tangent is not None for x in inputs):
         raise NotImplementedError(
             f"ops.{name} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); use backward"
         )
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    if any(x is not None and _differentiated_by_func(x) for x in inputs):
+        raise NotImplementedError(
+            f"ops.{name} is not differentiated by torch.func (grad, vjp, jacrev); use torch.autograd.grad or "
+            "backward"
+        )
+
+
+def _differentiated_by_func(x: torch.Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):  # vmap wraps too
+        if functorch.is_gradtrackingtensor(x) and x.requires_grad:
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def _no_gradient(name: str) -> Callable:

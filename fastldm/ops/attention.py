@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastldm import dispatch
-from fastldm.ops._library import define, refuse_forward_mode
+from fastldm.ops._library import define, refuse_transforms
 
 HEAD_DIMS = (*range(8, 257, 8), 512)
 
@@ -44,10 +44,10 @@ def attention(
         TypeError: a dtype that is not floating point, a mask that is neither bool nor floating point.
         ValueError: shapes, dtypes or devices that do not fit together, a head dim out of range, a mask that
             requires grad.
-        NotImplementedError: forward-mode differentiation (torch.func.jvp, jacfwd).
+        NotImplementedError: differentiation by torch.func (grad, vjp, ...) or in forward mode.
         UnsupportedError: a backend asked for by name cannot do this call.
     """
-    refuse_forward_mode("attention", q, k, v, attn_mask)
+    refuse_transforms("attention", q, k, v, attn_mask)
     args = prepare(q, k, v, attn_mask, is_causal=is_causal, scale=scale)
     return _attention(*args, backend)[0]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastldm import dispatch
-from fastldm.ops._library import define, refuse_forward_mode
+from fastldm.ops._library import define, refuse_transforms
 
 
 def group_norm(
@@ -46,10 +46,10 @@ def group_norm(
     Raises:
         TypeError: an argument that is not floating point.
         ValueError: shapes or devices that do not fit together, an unknown activation.
-        NotImplementedError: forward-mode differentiation (torch.func.jvp, jacfwd).
+        NotImplementedError: differentiation by torch.func (grad, vjp, ...) or in forward mode.
         UnsupportedError: a backend asked for by name cannot do this call.
     """
-    refuse_forward_mode("group_norm", x, weight, bias, channel_bias, scale, shift)
+    refuse_transforms("group_norm", x, weight, bias, channel_bias, scale, shift)
     args = prepare(
         x,
         num_groups,

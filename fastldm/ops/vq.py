@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastldm import dispatch
-from fastldm.ops._library import define, refuse_forward_mode
+from fastldm.ops._library import define, refuse_transforms
 
 
 def vq_nearest(z: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
@@ -42,9 +42,9 @@ def vq_quantize(z: Tensor, codebook: Tensor, *, backend: str = "auto") -> tuple[
         indices: int64 (...).
 
     Raises:
-        NotImplementedError: forward-mode differentiation (torch.func.jvp, jacfwd).
+        NotImplementedError: differentiation by torch.func (grad, vjp, ...) or in forward mode.
     """
-    refuse_forward_mode("vq_quantize", z)
+    refuse_transforms("vq_quantize", z)
     return _vq_quantize(*prepare_nearest(z, codebook), backend)
 
 

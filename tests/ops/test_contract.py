@@ -209,6 +209,30 @@ def test_forward_mode_is_refused(function):
             function(torch.autograd.forward_ad.make_dual(x, x))
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev], ids=["grad", "jacrev"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: ops.attention(x, x, x).sum(),
+        lambda x: ops.group_norm(x, 2).sum(),
+        lambda x: ops.vq_quantize(x, torch.eye(8))[0].sum(),
+    ],
+    ids=["attention", "group_norm", "vq_quantize"],
+)
+def test_functional_differentiation_is_refused(function, transform):
+    """In one line that says what to do; PyTorch's own is about autograd.Function. Also around and in vmap."""
+    x = normal(3, 1, 2, 4, 8)
+    calls = (
+        lambda: transform(function)(x[0]),
+        lambda: transform(lambda x: torch.func.vmap(function)(x).sum())(x),
+        lambda: torch.func.vmap(transform(function))(x),
+    )
+    for call in calls:
+        with pytest.raises(NotImplementedError, match=r"is not differentiated by torch\.func"):
+            call()
+    torch.func.vmap(function)(x)
+
+
 def test_compiled_under_autocast():
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16), fastldm.record() as rec:
