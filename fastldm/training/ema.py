@@ -16,35 +16,43 @@ class EMA:
     decay is min(decay, (1 + n) / (10 + n)), as in CompVis/latent-diffusion's LitEma.
 
     Args:
-        module: the module to follow; its current state starts the average.
+        module: the module to follow, on its device; its current state starts the average.
         decay: upper bound of the decay, in [0, 1).
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module = module
         self.decay = decay
         self.updates = 0
         self.average = {name: _as_average(value) for name, value in module.state_dict().items()}
+        # Walking the state dict at every step takes milliseconds. The places are kept, not the tensors, which
+        # an assignment to the module may replace.
+        self._averaged, self._copied = [], []
+        for name, average in self.average.items():
+            owner, _, attribute = name.rpartition(".")
+            place = (module.get_submodule(owner), attribute, average)
+            (self._averaged if average.is_floating_point() else self._copied).append(place)
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self) -> None:
+        """Move the average towards the module's present state."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        for name, value in module.state_dict().items():
-            average = self.average[name]
-            if average.is_floating_point():
-                average.lerp_(value.to(average.dtype), 1 - decay)
-            else:
-                average.copy_(value)
+        averages = [average for _, _, average in self._averaged]
+        values = [getattr(owner, name).to(torch.float32) for owner, name, _ in self._averaged]
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        for owner, name, copy in self._copied:
+            copy.copy_(getattr(owner, name))
 
     @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
-        """Put the average into `module` inside the block, and the trained weights back after it."""
-        trained = {name: value.detach().clone() for name, value in module.state_dict().items()}
-        module.load_state_dict(self.average)
+    def applied(self) -> Iterator[None]:
+        """Put the average into the module inside the block, and the trained weights back after it."""
+        trained = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
+        self.module.load_state_dict(self.average)
         try:
             yield
         finally:
-            module.load_state_dict(trained)
+            self.module.load_state_dict(trained)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return dict(self.average)

@@ -268,7 +268,7 @@ class _Run:
         means = {k: v if k in self.clipped else v / micro_steps for k, v in sums.items()}
         self.step += 1
         if self.ema is not None:
-            self.ema.update(self.task.averaged)
+            self.ema.update()
         self.pending.append((self.step, means))
 
     def _clip(self, max_norm: float) -> dict[str, torch.Tensor]:
@@ -367,7 +367,7 @@ class _Run:
     def _averaged(self) -> Iterator[None]:
         """Evaluation mode, with the moving average in place of the trained weights."""
         self.module.eval()
-        with torch.no_grad(), nullcontext() if self.ema is None else self.ema.applied(self.task.averaged):
+        with torch.no_grad(), nullcontext() if self.ema is None else self.ema.applied():
             yield
         self.module.train()
 

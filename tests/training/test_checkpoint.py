@@ -145,7 +145,7 @@ def test_ema_follows_its_warmup_and_then_its_decay():
     for n in range(6):
         nn.init.constant_(module.weight, n + 1.0)
         module.count += 1
-        ema.update(module)
+        ema.update()
         decay = min(0.3, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * (n + 1.0)
     assert ema.updates == 6
@@ -155,11 +155,30 @@ def test_ema_follows_its_warmup_and_then_its_decay():
 
 def test_ema_is_applied_and_the_trained_weights_come_back_bit_for_bit():
     module = nn.Linear(5, 5)
+def test_ema_follows_tensors_that_are_replaced_and_does_not_walk_the_state_dict(monkeypatch):
+    module = nn.BatchNorm1d(2)
+    ema = EMA(module, decay=0.5)
+    expected = {name: value.clone() for name, value in ema.average.items()}
+    monkeypatch.setattr(nn.Module, "state_dict", None)
+    for n, value in enumerate((1.5, -0.3, 7.0)):
+        module.weight = nn.Parameter(torch.full((2,), value))
+        module.bias.data = torch.full((2,), value / 3)
+        module.running_mean = torch.full((2,), value / 7, dtype=torch.float16)
+        module.running_var.fill_(value)
+        module.num_batches_tracked = torch.tensor(n)
+        ema.update()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            new = getattr(module, name).detach().float()
+            expected[name].lerp_(new, 1 - min(0.5, (1 + n) / (10 + n)))
+        expected["num_batches_tracked"].fill_(n)
+    assert all(torch.equal(ema.average[name], value) for name, value in expected.items())
+
+
     ema = EMA(module, decay=0.5)
     nn.init.normal_(module.weight)
-    ema.update(module)
+    ema.update()
     before = module.weight.detach().clone()
-    with ema.applied(module):
+    with ema.applied():
         assert torch.equal(module.weight, ema.average["weight"])
         assert not torch.equal(module.weight, before)
     assert torch.equal(module.weight, before)
@@ -172,7 +191,7 @@ def test_the_trained_weights_come_back_after_an_error_too():
     before = module.weight.detach().clone()
 
     def fail():
-        with ema.applied(module):
+        with ema.applied():
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
