@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -127,7 +127,7 @@ def train(
     Raises:
         ConfigError: the run exists and `resume` is not set, or its configuration differs.
         CheckpointError: a checkpoint cannot be written or read.
-        TrainingError: the loss, a weight or a buffer is not finite.
+        TrainingError: the loss, or something that a checkpoint would hold, is not finite.
         TrainingInterrupted: Ctrl-C; a checkpoint of the last finished step is written first.
     """
     return _Run(config, build_task, resume=resume, progress=progress).run()
@@ -309,15 +309,17 @@ class _Run:
         for step, means in self.pending:
             if not torch.isfinite(means["loss"]):
                 return f"the loss of step {step} is not finite"
-        name = self._not_finite()
+        name = _not_finite(self.module.state_dict().items())
         return None if name is None else f"{name} is not finite in step {self.step + 1}"
 
-    def _not_finite(self) -> str | None:
-        """The first weight or buffer that is not finite, among those that no optimiser trains too."""
-        for name, value in self.module.state_dict().items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                return name
-        return None
+    def _saved_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of a checkpoint, with a name for a person; buffers that no optimiser trains too."""
+        yield from self.module.state_dict().items()
+        if self.ema is not None:
+            yield from ((f"the average of {name}", value) for name, value in self.ema.average.items())
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        for parameter, state in self.optimizer.state.items():
+            yield from ((f"{key} of {names[parameter]}", value) for key, value in state.items())
 
     def _fail(self, what: str, cause: Exception | None = None) -> NoReturn:
         found = list_checkpoints(self.checkpoints)
@@ -326,7 +328,7 @@ class _Run:
 
     def _save(self) -> None:
         self.accelerator.wait_for_everyone()
-        if (name := self._not_finite()) is not None:
+        if (name := _not_finite(self._saved_tensors())) is not None:
             self._fail(f"{name} is not finite after step {self.step}")
         if self.main:
             scaler = self.accelerator.scaler
@@ -459,6 +461,14 @@ def _on_interrupt(stop: threading.Event) -> Iterator[None]:
 
     def handle(signum: int, frame: Any) -> None:
         if stop.is_set():
+def _not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity."""
+    for name, value in tensors:
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            return name
+    return None
+
+
             raise KeyboardInterrupt
         stop.set()
 

@@ -305,6 +305,33 @@ def test_a_first_stage_that_diverges_between_two_logs_is_said_in_one_line(vq_con
     with pytest.raises(TrainingError, match=r"step \d+.*; there is no checkpoint yet") as caught:
         train(config, lambda: FirstStageTask(config), progress=False)
     assert "\n" not in str(caught.value)
+def test_an_average_that_is_not_finite_is_never_saved(line_config):
+    def poison(task):
+        if task.calls in (6, 7):  # in step 3, and out again before the checkpoint of step 4
+            task.module.counts[1] = float("inf") if task.calls == 6 else 0.0
+
+    def build():
+        task = LineTask(poison)
+        task.module.register_buffer("counts", torch.zeros(2))
+        return task
+
+    said = r"^the average of counts is not finite after step 4; .*step-000002"
+    with pytest.raises(TrainingError, match=said):
+        train(line_config(), build, progress=False)
+
+
+def test_optimiser_moments_that_are_not_finite_are_never_saved(line_config):
+    def poison(task):
+        if task.calls == 6:  # the square overflows, and the weight stands still from then on
+            handle = task.module.net[2].bias.register_hook(lambda grad: grad * 1e30)
+            task.handles = [*getattr(task, "handles", []), handle]
+
+    config = line_config("optimizer.max_grad_norm=null")
+    said = r"^exp_avg_sq of net\.2\.bias is not finite after step 4; .*step-000002"
+    with pytest.raises(TrainingError, match=said):
+        train(config, lambda: LineTask(poison), progress=False)
+
+
 
 
 def test_a_codebook_that_is_not_finite_stops_and_names_the_last_good_checkpoint(vq_config):
