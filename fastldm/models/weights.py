@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -105,14 +106,36 @@ def read_state_dict(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
     They are copies: the files can be overwritten afterwards. One tensor at a time is held twice.
     """
-    if path.name.endswith(".json"):
-        shards = read_json(path).get("weight_map")
-        if not isinstance(shards, dict) or any(Path(name).name != name for name in shards.values()):
-            raise CheckpointError(f"{path} holds no weight_map of file names in its own folder")
-        state: dict[str, torch.Tensor] = {}
-        for name in sorted(set(shards.values())):
-            state |= read_state_dict(path.parent / name, dtype)
-        return state
+    state: dict[str, torch.Tensor] = {}
+    for file in _files(path):
+        state |= _read_file(file, dtype)
+    return state
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, or of all the files of an index one after the other."""
+    digest = hashlib.sha256()
+    try:
+        for name in _files(path):
+            with open(name, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"cannot read the weights in {path}: {error}") from error
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    """A file itself, or the files that an index names, in the order of their names."""
+    if not path.name.endswith(".json"):
+        return [path]
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or any(Path(name).name != name for name in shards.values()):
+        raise CheckpointError(f"{path} holds no weight_map of file names in its own folder")
+    return [path.parent / name for name in sorted(set(shards.values()))]
+
+
+def _read_file(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:

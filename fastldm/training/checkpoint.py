@@ -3,7 +3,8 @@
     model.safetensors   trained weights and buffers, as trained (float32)
     ema.safetensors     their moving average (absent without EMA)
     optimizer.pt        optimiser state, and the loss scaler's with fp16
-    state.json          step, EMA updates, what the task measured once (latent scaling), the configuration
+    state.json          step, EMA updates, number of processes, what the task keeps (latent scaling, the hash
+                        of its first stage), the configuration
 
 A checkpoint is written to a temporary folder, flushed and renamed, so a folder named `step-*` is always
 complete. No random state is stored: every random number of the loop is a function of (seed, step, micro-step,
@@ -38,6 +39,7 @@ class Checkpoint:
     model: dict[str, torch.Tensor]
     ema: dict[str, torch.Tensor] | None
     ema_updates: int
+    processes: int
     optimizer: dict[str, Any]
     scaler: dict[str, Any] | None
     task: dict[str, Any]
@@ -79,6 +81,7 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, *, keep: int) ->
             state = {
                 "step": checkpoint.step,
                 "ema_updates": checkpoint.ema_updates,
+                "processes": checkpoint.processes,
                 "task": checkpoint.task,
                 "config": checkpoint.config,
             }
@@ -110,6 +113,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             model=load_file(path / "model.safetensors"),
             ema=load_file(ema) if ema.exists() else None,
             ema_updates=state["ema_updates"],
+            processes=state["processes"],
             optimizer=optimizer["optimizer"],
             scaler=optimizer["scaler"],
             task=state["task"],

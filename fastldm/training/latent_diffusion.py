@@ -28,6 +28,7 @@ from fastldm.models.text_transformer import LDMBertModel
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet2DConditionModel
 from fastldm.models.vq_model import VQModel
+from fastldm.models.weights import find_weights, sha256
 from fastldm.pictures import grid
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline, scale_from_batch
 from fastldm.training.config import LatentDiffusionConfig
@@ -141,6 +142,7 @@ class LatentDiffusionTask:
         self.pictures = build_dataset(config.data, config.seed)
         self._check_condition()
         self.first_stage = load_first_stage(config.first_stage.path)
+        self.first_stage_sha256 = hash_first_stage(config.first_stage.path)
         self.schedule = NoiseSchedule.from_config(
             {"clip_sample": False, **config.schedule, "prediction_type": config.prediction_type}
         )
@@ -173,9 +175,15 @@ class LatentDiffusionTask:
         self.scaling_factor = scaling
 
     def state(self) -> dict[str, Any]:
-        return {"scaling_factor": self.scaling_factor}
+        return {"scaling_factor": self.scaling_factor, "first_stage_sha256": self.first_stage_sha256}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        if state["first_stage_sha256"] != self.first_stage_sha256:
+            raise ConfigError(
+                f"first_stage.path={self.config.first_stage.path} holds other weights than when this run "
+                f"began (sha256 {self.first_stage_sha256[:12]}, not {state['first_stage_sha256'][:12]}); "
+                "put those back or begin another run"
+            )
         self.scaling_factor = state["scaling_factor"]
 
     def prepare(self, batch: dict, generator: torch.Generator) -> dict:
@@ -285,6 +293,12 @@ def load_first_stage(path: str) -> VQModel | AutoencoderKL:
     if name not in classes:
         raise ConfigError(f"first_stage.path={path} holds a {name}; give a VQModel or an AutoencoderKL")
     return classes[name].from_pretrained(path).requires_grad_(False).eval()
+
+
+def hash_first_stage(path: str) -> str:
+    """SHA-256 of the weights that `load_first_stage(path)` reads."""
+    names = (VQModel.weights_name, VQModel.pickled_weights_name)
+    return sha256(find_weights(Path(path), names, None))
 
 
 def build_conditioner(config: LatentDiffusionConfig, pictures: Any) -> nn.Module:

@@ -80,9 +80,10 @@ class Task(Protocol):
         """Measure on the first batch what a fresh run needs (latent scaling, codebook)."""
 
     def state(self) -> dict[str, Any]:
-        """What `start` measured, as JSON values."""
+        """What a resumed run goes on with (what `start` measured) or must find again, as JSON values."""
 
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on with `state`; raises ConfigError where the task cannot. Called before `to`."""
 
     def prepare(self, batch: dict, generator: torch.Generator) -> dict:
         """What frozen networks do to a batch before `module` gets it."""
@@ -125,7 +126,8 @@ def train(
         The exported folder, output_dir/name/model.
 
     Raises:
-        ConfigError: the run exists and `resume` is not set, or its configuration differs.
+        ConfigError: the run exists and `resume` is not set, or its configuration, its first stage or its
+            number of processes differs.
         CheckpointError: a checkpoint cannot be written or read.
         TrainingError: the loss, or something that a checkpoint would hold, is not finite.
         TrainingInterrupted: Ctrl-C; a checkpoint of the last finished step is written first.
@@ -164,6 +166,8 @@ class _Run:
 
         torch.manual_seed(config.seed)
         self.task = build_task()
+        if checkpoint is not None:
+            self.task.load_state(checkpoint.task)
         if not self.task.every_step_trains_all:
             self.accelerator.ddp_handler = accelerate.DistributedDataParallelKwargs(
                 find_unused_parameters=True
@@ -177,7 +181,6 @@ class _Run:
             self.task.start(self._to_device(next(self._batches(process=0))))
         else:
             load_weights(self.module, checkpoint, latest)
-            self.task.load_state(checkpoint.task)
             self.step = checkpoint.step
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.clipped = {"grad_norm": self.parameters}
@@ -337,6 +340,7 @@ class _Run:
                 model=self.module.state_dict(),
                 ema=None if self.ema is None else self.ema.state_dict(),
                 ema_updates=0 if self.ema is None else self.ema.updates,
+                processes=self.accelerator.num_processes,
                 optimizer=self.optimizer.state_dict(),
                 scaler=None if scaler is None else scaler.state_dict(),
                 task=self.task.state(),
@@ -389,6 +393,11 @@ class _Run:
         if changed:
             raise ConfigError(
                 f"cannot resume {path} with another configuration; these keys differ: {', '.join(changed)}"
+            )
+        if checkpoint.processes != self.accelerator.num_processes:
+            raise ConfigError(
+                f"cannot resume {path} with {self.accelerator.num_processes} processes: they would see other "
+                f"pictures and noise than before; launch {checkpoint.processes}, as the run had"
             )
         return checkpoint
 
@@ -452,6 +461,14 @@ class _Run:
             raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def _not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity."""
+    for name, value in tensors:
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            return name
+    return None
+
+
 @contextmanager
 def _on_interrupt(stop: threading.Event) -> Iterator[None]:
     """The first Ctrl-C lets the step end and sets `stop`; the second one acts at once."""
@@ -461,14 +478,6 @@ def _on_interrupt(stop: threading.Event) -> Iterator[None]:
 
     def handle(signum: int, frame: Any) -> None:
         if stop.is_set():
-def _not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity."""
-    for name, value in tensors:
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            return name
-    return None
-
-
             raise KeyboardInterrupt
         stop.set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -150,6 +151,8 @@ def test_shards(saved, variant):
     (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     again = Small.from_pretrained(folder, variant=variant)
     assert torch.equal(again.linear.weight, model.linear.weight)
+    content = b"".join((folder / name).read_bytes() for name in sorted(set(names.values())))
+    assert weights.sha256(folder / index) == hashlib.sha256(content).hexdigest()
 
     (folder / index).write_text(json.dumps({"weight_map": {"linear.weight": f"../{WEIGHTS}"}}))
     with pytest.raises(CheckpointError, match="in its own folder"):

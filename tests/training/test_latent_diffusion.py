@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from fastldm.diffusion import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
 from fastldm.models.conditioners import ClassConditioner, Conditioning
+from fastldm.models.vq_model import VQModel
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 from fastldm.training.data import StreamSampler, batches
 from fastldm.training.datasets import CaptionedShapes, export_image_folder
@@ -249,6 +251,26 @@ def test_a_constant_scaling_factor_is_used_as_it_is(ldm_config):
     batch = start(task)
     expected = task.first_stage.encode(batch["image"]).latents * 0.25
     assert torch.equal(task.prepare(batch, generator())["latents"], expected)
+
+
+def test_resuming_on_another_first_stage_is_refused(ldm_config, first_stages, tmp_path):
+    stage = tmp_path / "stage"
+    shutil.copytree(first_stages / "vq", stage)
+
+    def run(steps):
+        config = ldm_config(f"first_stage.path={stage}", f"max_steps={steps}")
+        return train(config, lambda: LatentDiffusionTask(config), resume=True, progress=False)
+
+    run(2)
+    run(3)
+    weights = stage / VQModel.weights_name
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=r"stage holds other weights than when this run began") as caught:
+        run(4)
+    assert "\n" not in str(caught.value)
+    weights.write_bytes(before)
+    run(4)
 
 
 @pytest.mark.parametrize("stage", ["vq", "kl"])

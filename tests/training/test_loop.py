@@ -106,7 +106,8 @@ def final_state(config) -> dict[str, torch.Tensor]:
     for index, state in checkpoint.optimizer["state"].items():
         flat |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
     flat["ema_updates"] = torch.tensor(checkpoint.ema_updates)
-    flat["task"] = torch.tensor(list(checkpoint.task.values()), dtype=torch.float64)
+    numbers = [value for value in checkpoint.task.values() if isinstance(value, float)]
+    flat["task"] = torch.tensor(numbers, dtype=torch.float64)
     return flat
 
 
@@ -235,6 +236,18 @@ def test_resuming_with_another_configuration_names_the_keys(line_config):
     with pytest.raises(ConfigError, match=r"these keys differ: batch_size, optimizer\.lr$"):
         train(other, LineTask, resume=True, progress=False)
     assert "batch_size: 3" in (Path(other.output_dir) / other.name / "config.yaml").read_text()
+
+
+def test_resuming_with_another_number_of_processes_is_refused(line_config):
+    config = line_config("max_steps=2")
+    train(config, LineTask, progress=False)
+    checkpoint = list_checkpoints(Path(config.output_dir) / config.name / "checkpoints")[-1]
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["processes"] == 1
+    (checkpoint / "state.json").write_text(json.dumps({**state, "processes": 2}))
+    with pytest.raises(ConfigError, match=r"step-000002 with 1 processes: .* launch 2") as caught:
+        train(line_config(), LineTask, resume=True, progress=False)
+    assert "\n" not in str(caught.value)
 
 
 def test_resume_without_a_checkpoint_starts_anew(line_config):
@@ -563,3 +576,4 @@ def test_two_processes_stay_in_step(vq_config, ldm_config, tmp_path, monkeypatch
         run = tmp_path / "runs" / name
         assert [path.name for path in list_checkpoints(run / "checkpoints")][-1] == "step-000006"
         assert (run / "model").is_dir()
+        assert load_checkpoint(run / "checkpoints" / "step-000006").processes == 2
