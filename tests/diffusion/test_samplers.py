@@ -72,6 +72,21 @@ def test_ddim_at_zero_snr_and_full_eta_draws_the_marginal():
         torch.testing.assert_close(out, expected, atol=4 * 2**-12, rtol=0)
 
 
+def test_dynamic_thresholding_never_enlarges():
+    """A sample whose quantile is below 1 stays as it is, but for the few numbers beyond 1."""
+    fields = {**LINEAR, **BOUNDS["threshold"], "prediction_type": "sample"}
+    peer = DDIMScheduler(**fields)
+    peer.set_timesteps(STEPS)
+    schedule = NoiseSchedule.from_config(peer.config)
+    x, output = 0.5 * torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    output[0, 0, 0, 0] = 1.7
+    assert torch.quantile(output.abs().flatten(1), 0.9, dim=1).max() < 1
+    t = int(peer.timesteps[3])
+    bounded = ddim_step(output, t, t - 1000 // STEPS, x, schedule).pred_original_sample
+    assert torch.equal(bounded, output.clamp(-1, 1))
+    near(bounded, peer.step(output, t, x).pred_original_sample)
+
+
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("fields", CASES)
 def test_ddpm_step_is_the_peer_s(fields, variance_type):

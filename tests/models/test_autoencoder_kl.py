@@ -221,7 +221,7 @@ def test_published_first_stages_have_the_names_and_shapes_of_diffusers(name):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_distribution_same_as_diffusers(deterministic):
     parameters = torch.randn(3, 8, 4, 5)
-    parameters[0, 4] = 100.0  # clamped
+    parameters[0, 4], parameters[0, 5] = 100.0, -100.0  # clamped
     other = torch.randn(3, 8, 4, 5)
     ours = DiagonalGaussianDistribution(parameters, deterministic)
     peer = PeerDistribution(parameters, deterministic)

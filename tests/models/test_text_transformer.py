@@ -95,6 +95,19 @@ def test_dropout_acts_in_training_only(ours):
     assert not torch.equal(ours(tokens)[0], ours(tokens)[0])
 
 
+@torch.no_grad()
+def test_activation_dropout_acts_inside_the_feed_forward_in_training_only():
+    tokens = ids()
+    model = LDMBertModel(**TINY, dropout=0.0, activation_dropout=1.0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    evaluated, trained = model.eval()(tokens)[0], model.train()(tokens)[0]
+    assert not torch.equal(trained, evaluated)
+    for layer in model.model.layers:
+        layer.fc2.weight.zero_()  # a feed-forward whose inside is dropped is its last bias
+    assert torch.equal(model.eval()(tokens)[0], trained)
+
+
 def test_tuple_output(ours):
     out = ours(ids(), return_dict=False)
     assert isinstance(out, tuple)
