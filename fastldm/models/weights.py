@@ -139,7 +139,8 @@ def _read_file(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:
-                return {key: _own(file.get_tensor(key), dtype) for key in file.keys()}  # noqa: SIM118
+                keys = file.keys()
+                return {key: _own(file.get_tensor(key), dtype) for key in keys}
         pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {key: _own(tensor, dtype) for key, tensor in pickled.items()}
     except Exception as error:  # a truncated or foreign file fails in as many ways as there are readers
