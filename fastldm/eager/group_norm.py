@@ -3,9 +3,15 @@
 Scale and shift differ from sample to sample, so with A = weight * (1 + scale), B = bias * (1 + scale) +
 shift, (N, C), the kernel runs with A and B as the affine part: at once over a contiguous tensor read as one
 sample of N * C channels in N * num_groups groups, else sample by sample.
+
+In float32 the kernel loses log2(|mean| * rstd) of its 24 bits, and its sums overflow past |x| ~ 1e19 /
+sqrt(elements of the group). On the CPU, where a look at the statistics takes 5 microseconds, such inputs are
+computed in float64 instead; elsewhere a look would wait for the device, and the result stays PyTorch's own.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +22,13 @@ from fastldm.implementation import Implementation, in_layout_of
 _norm_backward = torch.ops.aten.native_group_norm_backward.default
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
-# PyTorch's CPU kernel takes the variance of channels-last tensors as E[x^2] - E[x]^2, which loses
-# log2(mean^2 / variance) bits of 24. Past 4 bits the contiguous kernel (Welford's method) takes over.
-_MAX_CANCELLATION = 16.0
+# The largest |mean| * rstd left to float32: 8 of 24 bits lost.
+_MAX_CANCELLATION = 256.0
+# PyTorch's CPU kernel takes the variance of channels-last tensors as E[x^2] - E[x]^2, which loses twice as
+# many bits. Past 4 of them the contiguous kernel (Welford's method) takes over.
+_MAX_CANCELLATION_CHANNELS_LAST = 4.0
+# The backward takes rstd^2 / sqrt(elements of a group), which nears the underflow below this.
+_SMALLEST_RSTD = 2.0**-56
 
 
 def _stats_dtype(x: Tensor) -> torch.dtype:
@@ -89,31 +99,41 @@ def _normalize(x: Tensor, a: Tensor | None, b: Tensor | None, groups: int, eps: 
         mean, rstd = (torch.cat(s) for s in zip(*stats))
     if mean.shape[0] != batch:
         mean, rstd = mean.view(batch, groups), rstd.view(batch, groups)
-    if not x.is_contiguous() and _cancels(mean, rstd):
-        return _normalize_contiguous(x, a, b, groups, eps)
     return y, mean, rstd
 
 
-def _cancels(mean: Tensor, rstd: Tensor) -> bool:
-    return not (mean * rstd).square().max() <= _MAX_CANCELLATION
+def _conditioned(x: Tensor, work: Tensor, channel_bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """`work`, the `_input` of x, as the kernel does well on it, given what statistics it has."""
+    if work.device.type != "cpu":
+        return work
+    cancellation = _cancellation(mean, rstd)
+    if cancellation > _MAX_CANCELLATION and x.dtype != torch.float64:
+        return _input(x.double(), channel_bias).contiguous()
+    return work.contiguous() if cancellation > _MAX_CANCELLATION_CHANNELS_LAST else work
+
+
+def _cancellation(mean: Tensor, rstd: Tensor) -> float:
+    """|mean| * rstd of the worst group; infinity where x, or a step of the kernel, leaves float32."""
+    worst = (mean * rstd).abs_().max().item()
+    return worst if math.isfinite(worst) and rstd.min().item() >= _SMALLEST_RSTD else math.inf
 
 
 def _one_sample(x: Tensor) -> Tensor:
     return x.view(1, x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-def _normalize_contiguous(x: Tensor, a: Tensor | None, b: Tensor | None, groups: int, eps: float):
-    """`_normalize` on a contiguous copy; the result in the layout of x."""
-    y, mean, rstd = _normalize(x.contiguous(), a, b, groups, eps)
-    return in_layout_of(y, x), mean, rstd
-
-
 def _forward(x, num_groups, weight, bias, eps, activation, channel_bias, scale, shift):
-    a, b = _affine(x, weight, bias, scale, shift)
-    y, mean, rstd = _normalize(_input(x, channel_bias), a, b, num_groups, eps)
+    work = _input(x, channel_bias)
+    y, mean, rstd = _normalize(work, *_affine(work, weight, bias, scale, shift), num_groups, eps)
+    better = _conditioned(x, work, channel_bias, mean, rstd)
+    if better is not work:
+        y, mean, rstd = _normalize(better, *_affine(better, weight, bias, scale, shift), num_groups, eps)
     if activation == "silu":
         F.silu(y, inplace=True)
-    return in_layout_of(y if y.dtype == x.dtype else y.to(x.dtype), x), mean, rstd
+    if y.dtype != x.dtype:
+        stats = _stats_dtype(x)
+        y, mean, rstd = y.to(x.dtype), mean.to(stats), rstd.to(stats)
+    return in_layout_of(y, x), mean, rstd
 
 
 def _normalize_backward(grad, x, mean, rstd, a, groups, mask):
@@ -150,13 +170,14 @@ def _normalize_backward(grad, x, mean, rstd, a, groups, mask):
 def _backward(
     grad, x, mean, rstd, num_groups, weight, bias, eps, activation, channel_bias, scale, shift, needed
 ):
-    a, b = _affine(x, weight, bias, scale, shift)
-    work = _input(x, channel_bias)
-    if not work.is_contiguous() and _cancels(mean, rstd):
-        work = work.contiguous()
+    work = _conditioned(x, _input(x, channel_bias), channel_bias, mean, rstd)
+    a, b = _affine(work, weight, bias, scale, shift)
     grad = grad.to(work.dtype).contiguous(memory_format=_memory_format(work))
+    wider = work.dtype == torch.float64 != x.dtype
+    if wider or activation == "silu":
+        before, *stats = _normalize(work, a, b, num_groups, eps)
+        mean, rstd = stats if wider else (mean, rstd)
     if activation == "silu":
-        before = _normalize(work, a, b, num_groups, eps)[0]
         grad = _silu_backward(grad, before, grad_input=before)
     need_x, need_weight, need_bias, need_channel_bias, need_scale, need_shift = needed
     mask = [need_x or need_channel_bias, need_weight or need_scale, need_bias or need_scale or need_shift]

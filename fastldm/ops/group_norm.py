@@ -38,10 +38,10 @@ def group_norm(
 
     Returns:
         Shape and dtype of `x`, strides of `torch.empty_like(x)`. Statistics are float32 (float64 for
-        float64).
+        float64). Where |mean| > 256 std in a group, or its sum of squares overflows in float32 (|x| past 1e16
+        or so), "reference" and, on the CPU, "torch" compute in float64; others may lose digits or give NaN.
         Autocast changes nothing: the statistics do not profit from a smaller dtype, and casting `x` up, as
-            PyTorch
-        does on CUDA, doubles the memory traffic of an operation that is memory traffic only.
+        PyTorch does on CUDA, doubles the memory traffic of an operation that is memory traffic only.
 
     Raises:
         TypeError: an argument that is not floating point.

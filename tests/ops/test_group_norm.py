@@ -93,6 +93,45 @@ def test_mean_far_from_zero(mean, layout, backend):
     check(backend, inputs, EXTRAS["affine"], shape.num_groups)
 
 
+# The backends that leave float32 where it does not suffice.
+IN_FLOAT64 = ["reference", "torch"]
+
+
+@pytest.mark.parametrize("backend", IN_FLOAT64)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("extras", ["affine", "all"])
+@pytest.mark.parametrize("size", [2.0**58, 2.0**66, 2.0**120])
+def test_squares_that_leave_float32(size, extras, layout, backend):
+    """Past 2^58 the sum of the squares overflows, past 2^64 the variance does."""
+    shape, names = GroupNormShape((2, 40, 16, 16), 4), EXTRAS[extras]
+    inputs = group_norm_inputs(shape, torch.float32, layout=layout)
+    scales = dict.fromkeys(("x", "channel_bias"), size)
+    for name, scale in scales.items():
+        inputs[name] = inputs[name] * scale
+    results = run(ops.group_norm, inputs, names, 4, backend=backend, activation="silu")
+    doubles = {name: value.double() for name, value in inputs.items()}
+    truth = run(plain_group_norm, doubles, names, 4, activation="silu")
+    for name, result in results.items():
+        # Gradients as large as they are for x of ordinary size, or the rule's atol would let zeros pass.
+        exact = truth[name] * scales.get(name, 1.0)
+        assert_as_accurate(
+            result * scales.get(name, 1.0), exact, exact.float(), name, terms=terms(inputs["x"], 4)
+        )
+
+
+@pytest.mark.parametrize("backend", IN_FLOAT64)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("mean", [1e3, 1e6])
+def test_mean_far_from_zero_costs_no_digit(mean, layout, backend):
+    """PyTorch's float32 dx is off by 9.6 at 1e6, where the largest is 0.25."""
+    shape, names = GroupNormShape((2, 40, 16, 16), 4), EXTRAS["all"]
+    inputs = group_norm_inputs(shape, torch.float32, layout=layout, mean=mean, std=1.0)
+    results = run(ops.group_norm, inputs, names, 4, backend=backend)
+    truth = run(plain_group_norm, {n: value.double().contiguous() for n, value in inputs.items()}, names, 4)
+    for name, result in results.items():
+        assert_as_accurate(result, truth[name], truth[name].float(), name, terms=terms(inputs["x"], 4))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("extras", ["affine", "all"])
