@@ -97,11 +97,14 @@ def _select(arguments: argparse.Namespace) -> tuple[list[Case], Selection]:
 def _run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from benchmarks import memory, registry, report
+    from benchmarks import machine, memory, registry, report
     from benchmarks.measure import measure
 
     cases, selection = _select(arguments)
     head = report.header(f"run {arguments.group}", selection.device, memory.reuse())
+    warning = machine.busy(head["machine"])
+    if warning:
+        print(f"benchmarks: warning: {warning}", file=sys.stderr)
     rows = []
     with tqdm(cases, unit="case", file=sys.stderr) as progress:
         for case in progress:

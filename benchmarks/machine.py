@@ -52,6 +52,14 @@ def describe(device: str) -> dict:
     }
 
 
+def busy(described: dict) -> str | None:
+    """A warning in one line where other work was under way as `describe` looked."""
+    load, cores = described["load_average"], described["cores"]
+    if load is None or load[0] <= 0.5 * cores:
+        return None
+    return f"the machine is busy (load {load[0]:.1f} on {cores} cores): these times are not to be relied on"
+
+
 def _instruction_set() -> str:
     """Of the compiled CPU kernels, or why there are none."""
     try:

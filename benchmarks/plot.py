@@ -60,7 +60,7 @@ def _picture(target: Path, rows: Sequence[dict], document: dict) -> None:
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(8.0 * columns, max(2.5 * lines, 0.17 * bars / columns + 1.2 * lines)), dpi=110)
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
     for axis, (key, panel) in zip(axes, speeds.items()):
         _panel(axis, panel, colours)
         axis.set_title(", ".join(key), fontsize=10)
@@ -69,7 +69,7 @@ def _picture(target: Path, rows: Sequence[dict], document: dict) -> None:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(f"times as fast as PyTorch ({baseline})", fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=8, labelbottom=True)
     for axis in axes[len(speeds) :]:
         axis.set_visible(False)
     handles = {label: bar for axis in axes for bar, label in zip(*axis.get_legend_handles_labels())}
@@ -106,4 +106,5 @@ def _panel(axis, panel: dict[str, dict[str, float]], colours: dict[str, str]) ->
     axis.axvline(1.0, color="#222222", linewidth=0.8)
     axis.set_yticks(range(len(shapes)), shapes)
     axis.set_ylim(len(shapes) - 0.4, -0.6)
+    axis.use_sticky_edges = False
     axis.margins(x=0.12)

@@ -66,6 +66,12 @@ def test_a_file_holds_machine_versions_revision_and_rows(file):
     assert [Row(**r) for r in document["rows"]] == ROWS
 
 
+def test_a_busy_machine_is_said_to_be_busy():
+    assert "load 1.5 on 2 cores" in machine.busy({"load_average": [1.5, 0.0, 0.0], "cores": 2})
+    assert machine.busy({"load_average": [0.5, 9.0, 9.0], "cores": 2}) is None
+    assert machine.busy({"load_average": None, "cores": 2}) is None
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}', '{"schema": 0}'])
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "other.json"
