@@ -8,9 +8,9 @@
 
 namespace fastldm::FASTLDM_ISA {
 
-// Slabs up to this size are fetched into the second-level cache while the one before is being normalised, which
-// is bound by arithmetic.
-constexpr std::int64_t kFetchAheadBytes = 1 << 20;
+// With SiLU, which is bound by arithmetic, slabs up to this size are fetched into the second-level cache while the
+// one before is being normalised. It gains a tenth; in the backward, which is bound by memory, it loses more.
+constexpr std::int64_t kFetchAheadBytes = 1 << 19;
 
 // The backward keeps du for its second pass up to this size of a slab; beyond, computing it again is cheaper.
 constexpr std::int64_t kKeptBytes = 1 << 20;
@@ -87,18 +87,16 @@ struct Units {
 // The place of a slab in the tensors, and how it is to be worked on.
 struct Slab {
   std::int64_t n, g, first_channel, channels, begin, length;
-  bool split;           // among all threads
-  std::int64_t ahead;   // from an element to the one to fetch; 0 for none
+  bool split;  // among all threads
 
-  Slab(const GroupNormProblem& call, std::int64_t index, bool split, bool fetch_next)
+  Slab(const GroupNormProblem& call, std::int64_t index, bool split)
       : n(index / call.groups),
         g(index % call.groups),
         first_channel(g * (call.channels / call.groups)),
         channels(call.channels / call.groups),
         begin(index * channels * call.pixels),
         length(channels * call.pixels),
-        split(split),
-        ahead(fetch_next ? length : 0) {}
+        split(split) {}
 };
 
 // `scratch` holds one Moments for each unit.
@@ -124,6 +122,7 @@ static Moments slab_moments(const GroupNormProblem& call, const Slab& slab, Mome
   return total;
 }
 
+// `ahead` is the distance from an element to one to fetch, or 0.
 template <bool Silu, bool Stream, class T>
 static void normalize_row(const T* x, T* y, std::int64_t count, const Affine& affine, std::int64_t ahead) {
   const Vec a = Vec::broadcast(affine.a), b = Vec::broadcast(affine.b);
@@ -136,7 +135,7 @@ static void normalize_row(const T* x, T* y, std::int64_t count, const Affine& af
 }
 
 template <class T, bool Silu, bool Stream>
-static void normalize_slab(const GroupNormForward& call, const Slab& slab, Moments* scratch) {
+static void normalize_slab(const GroupNormForward& call, const Slab& slab, bool fetch_next, Moments* scratch) {
   const Moments moments = slab_moments<T>(call, slab, scratch);
   const double rstd = reciprocal_std(moments.squares / moments.count, call.eps);
   call.mean[slab.n * call.groups + slab.g] = static_cast<float>(moments.mean);
@@ -150,7 +149,7 @@ static void normalize_slab(const GroupNormForward& call, const Slab& slab, Momen
       const auto unit = units[i];
       const Channel channel(call, slab.n, slab.first_channel + unit.row, moments.mean);
       normalize_row<Silu, Stream>(x + unit.begin, y + unit.begin, unit.count, Affine(channel, rstd, Silu),
-                                  slab.ahead);
+                                  fetch_next ? slab.length : 0);
     }
     if (Stream) finish_streaming();
   });
@@ -161,7 +160,7 @@ static bool forward_rows(const GroupNormForward& call) {
   const std::int64_t slabs = call.batch * call.groups, channels = call.channels / call.groups;
   const std::int64_t length = channels * call.pixels;
   const bool split = split_slabs(slabs);
-  const bool fetch_ahead = length * static_cast<std::int64_t>(sizeof(T)) <= kFetchAheadBytes;
+  const bool fetch_ahead = Silu && length * static_cast<std::int64_t>(sizeof(T)) <= kFetchAheadBytes;
   bool enough_memory = true;
   for_slabs(split, slabs, length, [&](std::int64_t begin, std::int64_t end) {
     Scratch<Moments> scratch(channels * divide_up(call.pixels, kBlock));
@@ -171,7 +170,7 @@ static bool forward_rows(const GroupNormForward& call) {
     }
     for (std::int64_t i = begin; i < end; ++i) {
       const bool fetch_next = fetch_ahead && !split && i + 1 < end;
-      normalize_slab<T, Silu, Stream>(call, Slab(call, i, split, fetch_next), scratch);
+      normalize_slab<T, Silu, Stream>(call, Slab(call, i, split), fetch_next, scratch);
     }
   });
   return enough_memory;
@@ -216,18 +215,13 @@ static ChannelSums row_sums(const T* x, const T* grad, float* kept, std::int64_t
 
 // `source` is du, or, with Slope, the gradient of y.
 template <bool Slope, bool Stream, class T, class Source>
-static void grad_row(const T* x, const Source* source, T* dx, std::int64_t count, const RowGradient& row,
-                     std::int64_t ahead, const T* grad) {
+static void grad_row(const T* x, const Source* source, T* dx, std::int64_t count, const RowGradient& row) {
   const auto step = [&](Vec v, Vec s) {
     const Vec h = (v - row.centre) * row.rstd;
     if constexpr (Slope) s = s * silu_slope(fma(h, row.gain, row.offset));
     return fma(s, row.p, fma(h, row.q, row.r));
   };
   each_pair<Stream>(count, [&](std::int64_t i, auto at) {
-    if (ahead != 0) {
-      fetch_pair(x + i + ahead);
-      fetch_pair(grad + i + ahead);
-    }
     const Pair v = at.load(x + i), s = at.load(source + i);
     at.store(dx + i, {step(v.a, s.a), step(v.b, s.b)});
   });
@@ -279,11 +273,11 @@ static void grad_slab(const GroupNormBackward& call, const Slab& slab, SlabScrat
       const RowGradient row(scratch.channels[unit.row]);
       const std::int64_t at = unit.begin;
       if (!Silu) {
-        grad_row<false, Stream>(x + at, grad + at, dx + at, unit.count, row, slab.ahead, grad + at);
+        grad_row<false, Stream>(x + at, grad + at, dx + at, unit.count, row);
       } else if (keep) {
-        grad_row<false, Stream>(x + at, kept + at, dx + at, unit.count, row, slab.ahead, grad + at);
+        grad_row<false, Stream>(x + at, kept + at, dx + at, unit.count, row);
       } else {
-        grad_row<true, Stream>(x + at, grad + at, dx + at, unit.count, row, slab.ahead, grad + at);
+        grad_row<true, Stream>(x + at, grad + at, dx + at, unit.count, row);
       }
     }
     if (Stream) finish_streaming();
@@ -295,8 +289,6 @@ static bool backward_rows(const GroupNormBackward& call, double* parameter_sums)
   const std::int64_t slabs = call.batch * call.groups, channels = call.channels / call.groups;
   const std::int64_t length = channels * call.pixels;
   const bool split = split_slabs(slabs);
-  // Twice the memory of the forward is read here.
-  const bool fetch_ahead = 2 * length * static_cast<std::int64_t>(sizeof(T)) <= kFetchAheadBytes;
   const bool keep =
       Silu && call.grad_x != nullptr && length * static_cast<std::int64_t>(sizeof(float)) <= kKeptBytes;
   bool enough_memory = true;
@@ -307,8 +299,7 @@ static bool backward_rows(const GroupNormBackward& call, double* parameter_sums)
       return;
     }
     for (std::int64_t i = begin; i < end; ++i) {
-      const bool fetch_next = fetch_ahead && !split && i + 1 < end;
-      grad_slab<T, Silu, Stream>(call, Slab(call, i, split, fetch_next), scratch, keep, parameter_sums);
+      grad_slab<T, Silu, Stream>(call, Slab(call, i, split), scratch, keep, parameter_sums);
     }
   });
   return enough_memory;
