@@ -148,9 +148,11 @@ def recipe(compiler: Compiler, output: Path) -> Recipe:
             if isa == "plain" or isa in gains:
                 flags = (f"-DFASTLDM_ISA={isa}", *_X86.get(isa, ()))
                 objects[f"{Path(source).stem}-{isa}"] = (*compile_, *flags, str(folder / source))
-    shared = (
-        ("-dynamiclib", "-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ("-shared",)
-    )
+    if platform.system() == "Darwin":
+        shared = ("-dynamiclib", "-undefined", "dynamic_lookup")
+    else:
+        # By name alone: the loader takes the libtorch_cpu.so that is in the process already, of any version.
+        shared = ("-shared", f"-L{include.parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu")
     return Recipe(objects, (*compiler.command, *shared, "-o", str(output)), isas)
 
 
