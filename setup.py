@@ -7,6 +7,7 @@ and pip be given --no-build-isolation.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,10 +29,9 @@ class BuildPython(build_py):
     """Copies the packages and, where asked, compiles the extension beside them."""
 
     def run(self):
-        super().run()
         # What an earlier build of this folder left would travel in this wheel.
-        for stale in Path(self.build_lib, "fastldm", "native").glob("*.so"):
-            stale.unlink()
+        shutil.rmtree(Path(self.build_lib, "fastldm"), ignore_errors=True)
+        super().run()
         if WITH_EXTENSION:
             sys.path.insert(0, str(ROOT))
             from fastldm.native import build

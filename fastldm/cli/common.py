@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -47,8 +48,8 @@ def load_pipeline(arguments: argparse.Namespace) -> LatentDiffusionPipeline:
 
     from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 
-    if arguments.seed < 0:
-        raise InputError(f"--seed {arguments.seed}: give 0 or more")
+    if not 0 <= arguments.seed < 2**63:
+        raise InputError(f"--seed {arguments.seed}: give 0 or more, below 2^63")
     pipeline = LatentDiffusionPipeline.from_pretrained(arguments.model)
     pipeline.sampler = arguments.sampler or pipeline.sampler
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,6 +69,20 @@ def check_writable(path: Path) -> None:
         raise InputError(f"cannot write {path}: there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise InputError(f"cannot write {path}: permission denied; give another path")
+
+
+def check_png(path: Path) -> None:
+    """Raise InputError for a picture's file name with the ending of another format."""
+    if path.suffix.lower() not in ("", ".png"):
+        raise InputError(f"--out {path}: pictures are written as PNG; end the name in .png")
+
+
+def finite_scale(text: str) -> float:
+    """The value of --guidance-scale."""
+    scale = float(text)
+    if not math.isfinite(scale) or scale < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a guidance scale; give 0 or more, such as 2.0")
+    return scale
 
 
 def write_file(path: Path, data: bytes) -> None:

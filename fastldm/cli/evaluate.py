@@ -10,16 +10,22 @@ from pathlib import Path
 from fastldm.cli.common import (
     add_model_arguments,
     check_writable,
+    finite_scale,
     load_pipeline,
     use_backend,
     write_file,
 )
+from fastldm.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
-        "--guidance-scale", type=float, nargs="+", metavar="S", help="each is measured (default: the model's)"
+        "--guidance-scale",
+        type=finite_scale,
+        nargs="+",
+        metavar="S",
+        help="each is measured (default: the model's)",
     )
     parser.add_argument(
         "--num-captions", type=int, default=512, metavar="N", help="of each set (default: %(default)s)"
@@ -38,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     examples = out.with_suffix(".png")
+    if examples == out:
+        raise InputError(f"--out {out}: give the JSON's name; some samples go beside it as PNG")
     check_writable(out)
     check_writable(examples)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from fastldm.cli.common import (
     add_model_arguments,
+    check_png,
     check_writable,
+    finite_scale,
     load_pipeline,
     use_backend,
     write_file,
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="+", metavar="CAPTION", help="captions, each in quotes")
     add_model_arguments(parser)
     parser.add_argument(
-        "--guidance-scale", type=float, metavar="S", help="1 = no guidance (default: the model's)"
+        "--guidance-scale", type=finite_scale, metavar="S", help="1 = no guidance (default: the model's)"
     )
     parser.add_argument("--negative-prompt", metavar="CAPTION", help="what guidance moves away from")
     parser.add_argument(
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     captions = _captions(arguments.prompt)
     out = Path(arguments.out)
+    check_png(out)
     check_writable(out)
 
     started = time.perf_counter()

@@ -193,7 +193,11 @@ class NoiseSchedule:
             raise ConfigError(
                 f"unknown scheduler field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
             )
-        return cls(**{"clip_sample": True, **given})
+        try:
+            return cls(**{"clip_sample": True, **given})
+        except (TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"no noise schedule can be built from these fields: {reason}") from error
 
     def to_config(self, class_name: str = "DDIMScheduler") -> dict[str, Any]:
         """The fields of `scheduler_config.json` for `class_name`, "DDIMScheduler" or "DDPMScheduler"."""

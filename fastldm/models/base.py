@@ -127,7 +127,14 @@ class Model(nn.Module):
                 f"the configuration is of a {peer_class}, not of a {cls.__name__}; load it with that class"
             )
         ignored = cls.ignored_config_keys
-        return cls(**{k: v for k, v in config.items() if not k.startswith("_") and k not in ignored})
+        fields = {k: v for k, v in config.items() if not k.startswith("_") and k not in ignored}
+        try:
+            return cls(**fields)
+        except (TypeError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"no {cls.__name__} can be built from this configuration: {reason}") from error
 
     @classmethod
     def from_pretrained(

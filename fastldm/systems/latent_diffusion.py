@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,6 +61,10 @@ def scale_from_batch(latents: Tensor) -> float:
     return 1 / latents.float().std().item()
 
 
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 class LatentDiffusionPipeline:
     """Conditions to pictures, and the parts to train that.
 
@@ -98,6 +103,11 @@ class LatentDiffusionPipeline:
         self.scaling_factor = first_stage.config.scaling_factor if scaling_factor is None else scaling_factor
         self.sampler = sampler
         self.defaults = {**DEFAULTS, **(defaults or {})}
+        steps, scale = self.defaults["num_inference_steps"], self.defaults["guidance_scale"]
+        if type(steps) is not int or steps < 1:
+            raise ConfigError(f"the default num_inference_steps must be a whole number from 1, got {steps!r}")
+        if not _is_scale(scale):
+            raise ConfigError(f"the default guidance_scale must be a finite number, got {scale!r}")
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -240,6 +250,8 @@ class LatentDiffusionPipeline:
         """
         steps = self.defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        if not _is_scale(scale):
+            raise InputError(f"guidance_scale={scale!r} must be a finite number, such as 2.0")
         sampler = sampler or self.sampler
         self._check_call(output_type, sampler, eta, num_images_per_prompt)
         timesteps = self.schedule.timesteps(steps)

@@ -47,6 +47,9 @@ class DataConfig:
         _require("data.size", self.size, at_least=1)
         _require("data.length", self.length, at_least=1)
         _require("data.num_workers", self.num_workers, at_least=0)
+        if self.source == "shapes" and (self.path is not None or self.random_flip):
+            key = "data.path" if self.path is not None else "data.random_flip"
+            raise ConfigError(f"{key} is for folders of pictures; add data.source=image_folder")
 
 
 @dataclass
@@ -130,7 +133,7 @@ class TrainingConfig:
             _require(key, getattr(self, key), at_least=1)
         _require("keep_checkpoints", self.keep_checkpoints, at_least=1)
         _require("sample_every", self.sample_every, at_least=0)
-        _require("seed", self.seed, at_least=0)
+        _require("seed", self.seed, at_least=0, below=2**63)
 
 
 @dataclass
@@ -143,6 +146,10 @@ class FirstStageModelConfig:
     """Decay of the EMA codebook (van den Oord et al. 2017, appendix A.1); null = trained by its loss."""
     revive_below: float = 0.0
     """EMA codebook: a code with a smaller mean count per batch moves onto an encoder output; 0 = never."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "kl" and (self.ema_codebook_decay is not None or self.revive_below):
+            raise ConfigError("model.ema_codebook_decay and model.revive_below are for model.kind=vq")
 
 
 @dataclass
@@ -276,12 +283,14 @@ def differing_keys(one: Mapping, other: Mapping, where: str = "") -> list[str]:
 
 
 def checked_arguments(function: Any, arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The mapping as keyword arguments of `function`; ConfigError for a key that it does not take."""
+    """The mapping as keyword arguments of `function`; ConfigError for a key that it does not take, and for a
+    value of another type than its annotation."""
     known = inspect.signature(function).parameters
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     for key in arguments:
         if key not in known:
             raise ConfigError(_unknown_key(f"{where}.{key}", str(key), known))
-    return dict(arguments)
+    return {key: _convert(value, hints[key], f"{where}.{key}") for key, value in arguments.items()}
 
 
 def _read_yaml(source: str) -> dict:
@@ -372,10 +381,12 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return "no"
         if value in arguments and not isinstance(value, bool):
             return value
-    elif origin in (list, tuple):
-        items = arguments[:1] * len(value) if origin is list and isinstance(value, list) else arguments
+    elif origin in (list, tuple, Sequence):
+        items = arguments[:1] * len(value) if origin is not tuple and isinstance(value, list) else arguments
         if isinstance(value, (list, tuple)) and len(value) == len(items):
-            return origin(_convert(v, h, f"{where}[{i}]") for i, (v, h) in enumerate(zip(value, items)))
+            return (tuple if origin is tuple else list)(
+                _convert(v, h, f"{where}[{i}]") for i, (v, h) in enumerate(zip(value, items))
+            )
     elif origin is dict:
         if isinstance(value, Mapping):
             return dict(value)

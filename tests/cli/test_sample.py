@@ -97,6 +97,9 @@ def test_a_backend_that_is_named_is_used(sample, capsys):
         (["--num-inference-steps", "1001"], "num_inference_steps=1001"),
         (["--eta", "2"], "eta"),
         (["--seed", "-1"], "--seed -1"),
+        (["--seed", "99999999999999999999"], "below 2^63"),
+        (["--guidance-scale", "nan"], "nan is not a guidance scale"),
+        (["--guidance-scale", "-3"], "-3 is not a guidance scale"),
         (["--backend", "tritton"], "--backend tritton is not known; use one of: auto, reference"),
         (["--device", "abacus"], "--device abacus"),
         (["--negative-prompt", "a zebra"], "'zebra'"),
@@ -105,6 +108,27 @@ def test_a_backend_that_is_named_is_used(sample, capsys):
 def test_a_value_that_cannot_be_used_is_named(fails, model, tmp_path, flags, said):
     assert said in fails("sample", CAPTION, "--model", model, "--out", tmp_path / "out.png", *flags)
     assert not (tmp_path / "out.png").exists()
+
+
+def test_a_picture_is_not_written_under_the_name_of_another_format(fails, tmp_path):
+    assert "end the name in .png" in fails("sample", CAPTION, "--out", tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("model_index.json", '"num_inference_steps": ', '"num_inference_steps": "x", "was": '),
+        ("unet/config.json", '"block_out_channels": [', '"block_out_channels": "ninety", "was": ['),
+        ("scheduler/scheduler_config.json", '"num_train_timesteps": ', '"num_train_timesteps": "x'),
+    ],
+)
+def test_a_folder_whose_settings_are_of_another_type(fails, model, tmp_path, file, old, new):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    text = (broken / file).read_text()
+    assert old in text
+    (broken / file).write_text(text.replace(old, new))
+    line = fails("sample", CAPTION, "--model", broken, "--out", tmp_path / "out.png")
+    assert str(broken) in line
 
 
 def test_words_the_model_has_never_seen_are_named(fails, model, tmp_path):
@@ -166,5 +190,6 @@ def test_evaluate_writes_numbers_and_pictures(model, tmp_path, capsys):
 
 def test_evaluate_refuses_what_it_cannot_do(fails, model, tmp_path):
     assert "cannot write" in fails("evaluate", "--out", tmp_path / "absent" / "x.json")
+    assert "give the JSON's name" in fails("evaluate", "--out", tmp_path / "x.png")
     line = fails("evaluate", "--model", model, "--num-captions", "0", "--out", tmp_path / "x.json")
     assert "num_captions" in line

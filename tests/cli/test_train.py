@@ -66,6 +66,39 @@ def test_a_size_that_the_model_cannot_halve_is_refused(vq_file, fails):
     assert "33" in fails("train", "vq", "--config", vq_file, "data.size=33")
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.config.in_channels=x", "no VQModel can be built"),
+        ("loss.l1_weight=x", "'loss.l1_weight' takes"),
+        ("seed=99999999999999999999999", "'seed' must be at least 0 and below"),
+        ("data.path=pictures", "add data.source=image_folder"),
+        ("data.random_flip=true", "add data.source=image_folder"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(vq_file, fails, override, said):
+    assert said in fails("train", "vq", "--config", vq_file, override)
+
+
+def test_a_codebook_setting_of_a_kl_autoencoder(vq_file, fails):
+    overrides = ("model.kind=kl", "model.ema_codebook_decay=0.9")
+    assert "are for model.kind=vq" in fails("train", "vq", "--config", vq_file, *overrides)
+
+
+def test_a_picture_that_a_worker_cannot_read_is_one_short_line(vq_file, fails, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    for name in ("1.png", "2.png"):
+        Image.fromarray(noise).save(folder / name)
+    whole = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(whole[: len(whole) // 2])
+    data = ("data.source=image_folder", f"data.path={folder}", "data.num_workers=1")
+    line = fails("train", "vq", "--config", vq_file, *data)
+    assert line.startswith(f"fastldm: error: {folder / '2.png'} ")
+    assert "Traceback" not in line
+
+
 def test_without_the_train_extra(vq_file, fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert "pip install 'fastldm[train]'" in fails("train", "vq", "--config", vq_file)

@@ -249,6 +249,8 @@ def test_parts_that_do_not_fit_are_refused(pipeline):
     for wrong, said in (
         ({"sampler": "plms"}, "ddim, ddpm"),
         ({"defaults": {"steps": 3}}, "num_inference_steps"),
+        ({"defaults": {"num_inference_steps": 2.5}}, "whole number from 1, got 2.5"),
+        ({"defaults": {"guidance_scale": None}}, "finite number, got None"),
     ):
         with pytest.raises(ConfigError, match=said):
             LatentDiffusionPipeline(pipe.first_stage, pipe.conditioner, pipe.unet, pipe.schedule, **wrong)

@@ -2,9 +2,12 @@
 
 Three layouts are read:
 
-    folder/metadata.jsonl + pictures     captions: one JSON object a line, {"file_name": "0001.png", "text":
-    "..."} folder/<class>/pictures              labels: the index of the class folder's name in sorted order
-    folder/pictures                      neither
+    folder/metadata.jsonl + pictures
+        captions: one JSON object a line, {"file_name": "0001.png", "text": "..."}
+    folder/<class>/pictures
+        labels: the index of the class folder's name in sorted order
+    folder/pictures
+        neither
 
 Everything that can be checked without decoding a picture is checked when the data set is made, so that a typo
 ends a training before it starts.
@@ -38,16 +41,14 @@ class ImageFolder(torch.utils.data.Dataset):
         size: side of the square pictures in pixels. Pictures are never enlarged.
         caption_column: key of the caption in the lines of metadata.jsonl.
         random_flip: every picture also occurs mirrored, as item `len // 2 + index`, so that a shuffled epoch
-        shows
-            both and an item remains a function of its index.
+            shows both and an item remains a function of its index.
 
     Items are {"image": float32 (3, size, size) in [-1, 1]}, with "caption" (str) or "label" (int) where the
     folder has captions or classes. `classes` lists the class names.
 
     Raises:
         InputError: the folder is missing or empty, a line of the metadata is malformed, lacks the caption or
-        names
-            no file, a picture has no line, cannot be read, or is smaller than `size`.
+            names no file, a picture has no line, cannot be read, or is smaller than `size`.
     """
 
     def __init__(
