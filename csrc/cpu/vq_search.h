@@ -17,7 +17,10 @@ template <class Kernel>
 class Search {
  public:
   explicit Search(const VQNearest& call)
-      : call_(call), codes_(call, Kernel::panel_vectors * Vec::lanes, Kernel::block), slack_(call.dim, 0.0) {}
+      : call_(call),
+        codes_(call, Kernel::panel_vectors * Vec::lanes, Kernel::block),
+        slack_(call.dim, 0.0),
+        rows_at_once_(Kernel::rows_at_once(call.dim)) {}
 
   bool run() {
     if (!codes_.has_memory()) return false;
@@ -49,37 +52,38 @@ class Search {
   static constexpr float infinity = __builtin_inff();
   static constexpr double not_finite = -1.0;
 
-  // Working memory of a thread, for Kernel::rows_at_once rows.
+  // Working memory of a thread.
   struct Worker {
     Scratch<float> z, row, code;
     Scratch<Lanes> lanes;
     Scratch<double> slack;
     Scratch<Row> rows;
 
-    explicit Worker(int64_t dim)
-        : z(Kernel::rows_at_once(dim) * Kernel::row_floats(dim)),
+    Worker(int64_t rows_at_once, int64_t dim)
+        : z(rows_at_once * Kernel::row_floats(dim)),
           row(dim),
           code(dim),
-          lanes(Kernel::rows_at_once(dim)),
-          slack(Kernel::rows_at_once(dim)),
-          rows(Kernel::rows_at_once(dim)) {}
+          lanes(rows_at_once),
+          slack(rows_at_once),
+          rows(rows_at_once) {}
 
     bool has_memory() const { return z.data && row.data && code.data && lanes.data && slack.data && rows.data; }
   };
 
-  // body(worker, first, last) on all rows from begin to end, at most rows_at_once in a call, on several threads.
+  // body(worker, first, last) on all rows from begin to end, at most rows_at_once_ in a call, on several threads.
   template <class Body>
   void over_rows(int64_t begin, int64_t end, const Body& body) {
     // A thread is worth its while from about 20 microseconds on.
     const int64_t grain = larger(tile, (int64_t{1} << 20) / (call_.codes * call_.dim));
     parallel_for(end - begin, grain, [&](int64_t first, int64_t last) {
-      Worker worker(call_.dim);
+      Worker worker(rows_at_once_, call_.dim);
       if (!worker.has_memory()) {
         __atomic_store_n(&out_of_memory_, true, __ATOMIC_RELAXED);
         return;
       }
-      const int64_t step = Kernel::rows_at_once(call_.dim);
-      for (int64_t i = first; i < last; i += step) body(worker, begin + i, begin + smaller(i + step, last));
+      for (int64_t i = first; i < last; i += rows_at_once_) {
+        body(worker, begin + i, begin + smaller(i + rows_at_once_, last));
+      }
     });
   }
 
@@ -232,6 +236,7 @@ class Search {
   const VQNearest& call_;
   Codes codes_;
   Slack slack_;
+  const int64_t rows_at_once_;
   bool out_of_memory_ = false;
 };
 

@@ -15,6 +15,12 @@ BACKENDS = live_backends("vq_nearest")
 EMA_BACKENDS = live_backends("vq_ema_update")
 
 
+def with_dtypes(backends, *dtypes):
+    """The kernels of our own refuse float64 (tests/native)."""
+    takes_float64 = ("reference", "torch")
+    return [(b, d) for b in backends for d in dtypes if d != torch.float64 or b in takes_float64]
+
+
 def truth(z, codebook):
     """Lowest index of least float64 distance, squares added in the order of the dimensions, row by row."""
     z, codebook = z.double(), codebook.double()
@@ -35,8 +41,9 @@ def test_index_is_the_float64_argmin(name, kind, backend):
     assert torch.equal(ops.vq_nearest(z, codebook, backend=backend), truth(z, codebook))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), with_dtypes(BACKENDS, torch.bfloat16, torch.float16, torch.float64)
+)
 @pytest.mark.parametrize("kind", ["normal", "offset", "vqgan-init"])
 def test_dtypes(kind, dtype, backend):
     z, codebook = vq_inputs(80, VQShape(1000, 8), dtype, kind=kind)
@@ -72,8 +79,7 @@ def test_lowest_index_wins_exact_ties(backend):
     assert torch.equal(same, torch.zeros(40, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(BACKENDS, torch.float32, torch.float64))
 @pytest.mark.parametrize("dim", [2, 3])
 def test_rows_that_float32_ranks_wrongly(dim, dtype, backend):
     """Rows on the bisector of two neighbours on the unit sphere, up to 100 times as far out.
@@ -99,6 +105,17 @@ def test_magnitudes_that_leave_float32(magnitude, backend):
     codebook = codebook / codebook.abs().max() * magnitude
     assert torch.equal(ops.vq_nearest(z, codebook, backend=backend), truth(z, codebook))
     assert torch.equal(ops.vq_nearest(z, codebook * 1e-3, backend=backend), truth(z, codebook * 1e-3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e-6, 1e-12, 1e-20, 1e-42])
+def test_codes_that_vanish_beside_z(scale, backend):
+    """Float64 hardly tells their distances apart, then not at all: all are equal and index 0 wins."""
+    for dim in (3, 16):
+        z, codebook = vq_inputs(40, VQShape(1000, dim))
+        indices = ops.vq_nearest(z, scale * codebook, backend=backend)
+        assert torch.equal(indices, truth(z, scale * codebook))
+        assert (indices == 0).all() == (scale < 1e-16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -208,8 +225,9 @@ def test_memory_of_the_torch_backend_does_not_grow_with_rows_times_codes():
     assert largest <= 4 << 20
 
 
-@pytest.mark.parametrize("backend", EMA_BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), with_dtypes(EMA_BACKENDS, torch.float32, torch.bfloat16, torch.float64)
+)
 def test_ema_update(dtype, backend):
     z, codebook = vq_inputs(3000, VQShape(40, 6), dtype)
     indices = ops.vq_nearest(z, codebook)
