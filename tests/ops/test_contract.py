@@ -162,7 +162,6 @@ def test_autocast(backend):
         y = ops.group_norm(x, 4, activation="silu", backend=backend)
         half = ops.group_norm(x.bfloat16(), 4, torch.ones(8), backend=backend)
         z_q, indices = ops.vq_quantize(z, codebook, backend=backend)
-        wide = ops.attention(q.double(), q.double(), q.double(), backend=backend)
         (out.float().sum() + y.square().sum() + z_q.sum()).backward()
     assert out.dtype == torch.bfloat16
     cast = ops.attention(*(q.bfloat16(),) * 3, backend=backend)
@@ -172,10 +171,19 @@ def test_autocast(backend):
     assert half.dtype == torch.bfloat16
     assert z_q.dtype == torch.float32
     assert torch.equal(indices, ops.vq_nearest(z, codebook, backend=backend))
-    assert wide.dtype == torch.float64
     assert q.grad.dtype == x.grad.dtype == torch.float32
     plain = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 4)).square().sum()
     torch.testing.assert_close(x.grad, torch.autograd.grad(plain, x)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+def test_float64_stays_under_autocast(backend):
+    q = normal(1, 2, 4, 8).double()
+    expected = ops.attention(q, q, q, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.attention(q, q, q, backend=backend)
+    assert out.dtype == torch.float64
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("wide", [0, 1, 2])
