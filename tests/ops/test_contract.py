@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastldm
 from fastldm import ops
@@ -104,6 +106,53 @@ def arguments(batch=2, length=6):
 def gradients(function, inputs):
     value = function(*inputs)
     return [value.detach(), *torch.autograd.grad(value, inputs[:-1])]
+
+
+class Seen(TorchDispatchMode):
+    """The fastldm operations that PyTorch's dispatcher was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastldm":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_plain_calls_skip_the_dispatcher_and_give_the_same():
+    plain = gradients(everything, arguments())
+    with Seen() as seen:
+        dispatched = gradients(everything, arguments())
+    assert set(seen.names) == {
+        "group_norm",
+        "vq_quantize",
+        "vq_ema_update",
+        "attention",
+        "group_norm_backward",
+        "attention_backward",
+    }
+    for have, expected in zip(plain, dispatched, strict=True):
+        assert torch.equal(have, expected)
+
+
+def test_lazily_negated_tensors():
+    q = torch.complex(normal(1, 2, 4, 8), normal(1, 2, 4, 8, seed=1)).conj().imag
+    x = q.view(2, 4, 8)
+    assert q.is_neg()
+    assert x.is_neg()
+    assert torch.equal(ops.attention(q, q, q), ops.attention(*(q.resolve_neg(),) * 3))
+    assert torch.equal(ops.group_norm(x, 2), ops.group_norm(x.resolve_neg(), 2))
+    assert torch.equal(ops.vq_nearest(q, q[0, 0]), ops.vq_nearest(q.resolve_neg(), q[0, 0].resolve_neg()))
+
+
+def test_tracing_keeps_the_operation_whole():
+    traced = make_fx(lambda q, x: (ops.attention(q, q, q), ops.group_norm(x, 2)))(
+        normal(1, 2, 4, 8), normal(2, 4, 3)
+    )
+    targets = {node.target for node in traced.graph.nodes if node.op == "call_function"}
+    assert {OPS.attention.default, OPS.group_norm.default} <= targets
 
 
 def test_flipping_the_policy_does_not_recompile():
