@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -111,9 +113,14 @@ def _nearest_kernel(z, codebook, backend):
     if z.numel() == 0:
         return z.new_zeros(z.shape[:-1], dtype=torch.int64)
     # A check of the values waits for the device, so other devices go without.
-    if codebook.device.type == "cpu" and not torch.isfinite(codebook).all():
+    if codebook.device.type == "cpu" and not _all_finite(codebook):
         raise ValueError("codebook holds NaN or infinity; the training step that wrote it has diverged")
     return dispatch.run("vq_nearest", "forward", backend, (z, codebook), dispatch.current_state())
+
+
+def _all_finite(x: Tensor) -> bool:
+    # One pass without a temporary: a sum of finite numbers is finite unless it overflows.
+    return math.isfinite(x.sum()) or bool(torch.isfinite(x).all())
 
 
 def _nearest_fake(z, codebook, backend):
