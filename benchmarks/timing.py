@@ -77,7 +77,8 @@ def rounds_for(seconds_per_round: float) -> int:
 def interleave(samples: Mapping[str, tuple[Sample, int]], rounds: int) -> dict[str, list[float]]:
     """Seconds per call in each round. A round takes one sample of each, beginning with another every time.
 
-    So whatever slows the machine down for a while falls on all of them alike.
+    So whatever slows the machine down for a while falls on all of them alike. Where a sample is several calls,
+    one more before it brings back the caches and the memory that the one before has taken.
     """
     names = list(samples)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -86,6 +87,8 @@ def interleave(samples: Mapping[str, tuple[Sample, int]], rounds: int) -> dict[s
             first = turn % max(1, len(names))
             for name in names[first:] + names[:first]:
                 sample, loops = samples[name]
+                if loops > 1:
+                    sample(1)
                 seconds[name].append(sample(loops) / loops)
     return seconds
 

@@ -264,13 +264,32 @@ def run(op: str, direction: str, backend: str, args: tuple, state: State):
             raise UnsupportedError(
                 f"backend {name!r} cannot run {op} {direction}: {reason}; use backend='auto'"
             )
-    for recorder in state.recorders:
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        shapes = tuple(tuple(t.shape) for t in tensors)
-        dtype, device = tensors[0].dtype, str(tensors[0].device)
-        fallback = "; ".join(reasons) or None
-        recorder.calls.append(Call(op, direction, name, shapes, dtype, device, fallback))
+    if state.recorders:
+        _record(op, direction, name, args, state, "; ".join(reasons) or None)
     return getattr(find(name, op), direction)(*args)
+
+
+def run_composite(op: str, backend: str, args: tuple) -> torch.Tensor | None:
+    """Runs the forward of `op` in operations that PyTorch differentiates itself, if "auto" has the choice and
+    the tensors are so small that this is fastest; else returns None."""
+    state = current_state()
+    if backend != "auto" or state.policy != "auto" or args[0].device.type != "cpu":
+        return None
+    result = find("torch", op).composite(*args)
+    if result is not None and state.recorders:
+        reason = "a gradient is wanted of tensors so small that PyTorch's own autograd is fastest"
+        tensors = tuple(a.detach() for a in args if isinstance(a, torch.Tensor))
+        _record(op, "forward", "torch", tensors, state, reason)
+        result.register_hook(lambda grad: _record(op, "backward", "torch", (grad, *tensors), state, reason))
+    return result
+
+
+def _record(op: str, direction: str, name: str, args: tuple, state: State, fallback: str | None) -> None:
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    shapes = tuple(tuple(t.shape) for t in tensors)
+    dtype, device = tensors[0].dtype, str(tensors[0].device)
+    for recorder in state.recorders:
+        recorder.calls.append(Call(op, direction, name, shapes, dtype, device, fallback))
 
 
 def _warn_once(op: str, backend: str, reason: str) -> None:

@@ -21,6 +21,10 @@ class Implementation:
     operation (schemas: `fastldm/ops`). The `supports` functions return None, or in one line why not; they
     look at metadata only. The `slower` functions say in one line why "auto" had better pass this backend by,
     from what was measured (benchmarks/results); asked for by name it still runs.
+
+    `composite`, which only PyTorch's own backend can have, is the forward in operations that PyTorch
+    differentiates itself. It returns None except for tensors so small that an autograd function in Python
+    around a kernel costs more than the computing.
     """
 
     forward: Callable
@@ -29,6 +33,7 @@ class Implementation:
     supports_backward: Callable[..., str | None] = _no_objection
     slower: Callable[..., str | None] = _no_objection
     slower_backward: Callable[..., str | None] = _no_objection
+    composite: Callable[..., Tensor | None] = _no_objection
 
 
 def in_layout_of(result: Tensor, like: Tensor) -> Tensor:

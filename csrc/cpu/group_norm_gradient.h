@@ -26,6 +26,7 @@ struct ChannelSums {
 //   xhat = (x - centre) * rstd,  the argument of SiLU = xhat * gain + offset,  dx = du * p + xhat * q + r
 // for this xhat, which misses the residual of the mean, and with SiLU for du / -log2(e) (silu_slope).
 struct ChannelGradient {
+  Channel exact;
   float centre, rstd, gain, offset;
   float p, q, r;
 };
@@ -43,6 +44,7 @@ static void start_group(const GroupNormBackward& call, std::int64_t n, std::int6
   const double scale = Silu ? static_cast<double>(kMinusLog2E) : 1.0;
   for (std::int64_t i = 0; i < count; ++i) {
     const Channel channel(call, n, g * count + i, mean);
+    channels[i].exact = channel;
     channels[i].centre = channel.centre;
     channels[i].rstd = quiet_nan(rstd);
     channels[i].gain = quiet_nan(scale * channel.gain);
@@ -54,7 +56,7 @@ static void start_group(const GroupNormBackward& call, std::int64_t n, std::int6
 // and du of ChannelGradient. dweight and dbias still have to be summed over the batch: channel c of sample n puts
 // its parts in parameter_sums[2 (n C + c)] and the next, unless that is null.
 template <bool Silu>
-static void finish_group(const GroupNormBackward& call, std::int64_t n, std::int64_t g, double mean,
+static void finish_group(const GroupNormBackward& call, std::int64_t n, std::int64_t g,
                          ChannelSums* sums, ChannelGradient* channels, double* parameter_sums) {
   const std::int64_t count = call.channels / call.groups;
   const double rstd = call.rstd[n * call.groups + g];
@@ -63,13 +65,12 @@ static void finish_group(const GroupNormBackward& call, std::int64_t n, std::int
   // The sum of xhat over a group is 0 but for the rounding of the mean, which it so reveals.
   double drift = 0.0;
   for (std::int64_t i = 0; i < count; ++i) {
-    const Channel channel(call, n, g * count + i, mean);
-    drift += sums[i].xhat - pixels * channel.residual * rstd;
+    drift += sums[i].xhat - pixels * channels[i].exact.residual * rstd;
   }
   drift /= elements;
   double p0 = 0.0, p1 = 0.0;
   for (std::int64_t i = 0; i < count; ++i) {
-    const Channel channel(call, n, g * count + i, mean);
+    const Channel& channel = channels[i].exact;
     const double error = channel.residual * rstd + drift;
     sums[i].du *= du_scale;
     sums[i].du_xhat = sums[i].du_xhat * du_scale - error * sums[i].du;
@@ -81,7 +82,7 @@ static void finish_group(const GroupNormBackward& call, std::int64_t n, std::int
   p1 /= elements;
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t c = g * count + i, nc = n * call.channels + c;
-    const Channel channel(call, n, c, mean);
+    const Channel& channel = channels[i].exact;
     const double error = channel.residual * rstd + drift;
     channels[i].p = quiet_nan(du_scale * rstd * channel.gain);
     channels[i].q = quiet_nan(-rstd * p1);

@@ -96,8 +96,17 @@ static inline Vec add_exponent(Vec p, Vec shifted) {
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), n))};
 }
 
-// t / d within 2^-14.
-static inline Vec coarse_quotient(Vec t, Vec d) { return {_mm512_mul_ps(t.v, _mm512_rcp14_ps(d.v))}; }
+// t / d, off by a last place or, coarse, by 2^-14; 1 / d is to be a normal number. A division takes as long as the
+// rest of SiLU.
+template <bool Coarse>
+static inline Vec quotient(Vec t, Vec d) {
+  __m512 reciprocal = _mm512_rcp14_ps(d.v);
+  if constexpr (!Coarse) {
+    const __m512 error = _mm512_fnmadd_ps(d.v, reciprocal, _mm512_set1_ps(1.0f));
+    reciprocal = _mm512_fmadd_ps(reciprocal, error, reciprocal);
+  }
+  return {_mm512_mul_ps(t.v, reciprocal)};
+}
 
 #elif defined(__AVX2__)
 
@@ -148,7 +157,10 @@ static inline Vec add_exponent(Vec p, Vec shifted) {
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), n))};
 }
 
-static inline Vec coarse_quotient(Vec t, Vec d) { return t / d; }
+template <bool Coarse>
+static inline Vec quotient(Vec t, Vec d) {
+  return t / d;
+}
 
 #else
 
@@ -160,7 +172,10 @@ static inline Vec add_exponent(Vec p, Vec shifted) {
   return map([&](int i) { return from_bits(to_bits(p.v[i]) + (to_bits(shifted.v[i]) << 23)); });
 }
 
-static inline Vec coarse_quotient(Vec t, Vec d) { return t / d; }
+template <bool Coarse>
+static inline Vec quotient(Vec t, Vec d) {
+  return t / d;
+}
 
 #endif
 
@@ -280,15 +295,15 @@ constexpr bool coarse_is_enough<bfloat16> = true;
 template <class T>
 static inline Vec silu(Vec t) {
   const Vec scale = Vec::broadcast(kMinusLog2E);
-  const Vec denominator = fma(exp2_limited<coarse_is_enough<T>>(t), scale, scale);
-  return coarse_is_enough<T> ? coarse_quotient(t, denominator) : t / denominator;
+  constexpr bool coarse = coarse_is_enough<T>;
+  return quotient<coarse>(t, fma(exp2_limited<coarse>(t), scale, scale));
 }
 
 // d(u sigmoid(u))/du / -log2(e).
 static inline Vec silu_slope(Vec t) {
   const Vec one = Vec::broadcast(1.0f), scale = Vec::broadcast(kMinusLog2E);
   const Vec e = exp2_limited<false>(t);
-  const Vec s = one / fma(e, scale, scale);  // sigmoid(u) / -log2(e)
+  const Vec s = quotient<false>(one, fma(e, scale, scale));  // sigmoid(u) / -log2(e)
   // sigmoid (1 + u (1 - sigmoid)), 1 - sigmoid written as exp(-u) sigmoid, which does not cancel.
   return s * fma(t, e * s, one);
 }

@@ -407,7 +407,7 @@ static bool grad_sample(const GroupNormBackward& call, std::int64_t n, const Chu
     scratch.sums[c] = {at[0], at[width], at[2 * width]};
   }
   for (std::int64_t g = 0; g < call.groups; ++g) {
-    finish_group<Silu>(call, n, g, scratch.means[g], scratch.sums + g * per_group,
+    finish_group<Silu>(call, n, g, scratch.sums + g * per_group,
                        scratch.channels + g * per_group, parameter_sums);
   }
   if (call.grad_x == nullptr) return true;

@@ -79,6 +79,7 @@ struct Units {
     std::int64_t row, begin, count;
   };
   Unit operator[](std::int64_t i) const {
+    if (per_row == 1) return {i, i * row_length, row_length};
     const std::int64_t row = i / per_row, start = i % per_row * kBlock, left = row_length - start;
     return {row, row * row_length + start, left < kBlock ? left : kBlock};
   }
@@ -264,7 +265,7 @@ static void grad_slab(const GroupNormBackward& call, const Slab& slab, SlabScrat
     for (std::int64_t i = row * units.per_row; i < (row + 1) * units.per_row; ++i) total.add(scratch.units[i]);
     scratch.sums[row] = total;
   }
-  finish_group<Silu>(call, slab.n, slab.g, mean, scratch.sums, scratch.channels, parameter_sums);
+  finish_group<Silu>(call, slab.n, slab.g, scratch.sums, scratch.channels, parameter_sums);
   if (call.grad_x == nullptr) return;
   T* dx = static_cast<T*>(call.grad_x) + slab.begin;
   for_units(slab.split, units.count(), units.length(), [&](std::int64_t begin, std::int64_t end) {

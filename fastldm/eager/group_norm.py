@@ -207,4 +207,20 @@ def _backward(
     return tuple(results)
 
 
-IMPLEMENTATION = Implementation(forward=_forward, backward=_backward)
+# Up to so many elements PyTorch's own autograd is the fastest way to a gradient on 2 cores: 54 against 110 us
+# at (2, 128, 4, 4), 220 against 250 at (2, 1280, 8, 8) in float32, 237 against 242 in bfloat16.
+_SMALL_TRAINING = {torch.float32: 1 << 18, torch.bfloat16: 1 << 16, torch.float16: 1 << 16}
+
+
+def _composite(x, num_groups, weight, bias, eps, activation, channel_bias, scale, shift) -> Tensor | None:
+    if not (channel_bias is scale is shift is None) or not 0 < x.numel() <= _SMALL_TRAINING.get(x.dtype, 0):
+        return None
+    if any(p is not None and p.dtype != x.dtype for p in (weight, bias)) or not (
+        x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    ):
+        return None
+    y = torch.group_norm(x, num_groups, weight, bias, eps)
+    return F.silu(y) if activation == "silu" else y
+
+
+IMPLEMENTATION = Implementation(forward=_forward, backward=_backward, composite=_composite)

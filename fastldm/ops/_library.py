@@ -45,9 +45,12 @@ def define(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
     autocast_tensors: int = 0,
+    composite: Callable[[tuple], Tensor | None] = lambda args: None,
 ) -> Callable:
     """Registers `fastldm::<schema>` and returns the function that calls it.
 
+    Where `composite` has a result for the arguments of a call whose gradient is wanted, this is returned, as
+    the only output.
     Under autocast the first `autocast_tensors` arguments are cast to the autocast dtype (float64 is left
     alone) and the kernel runs with autocast off, so that PyTorch ops inside a backend do not cast once more.
     """
@@ -77,7 +80,10 @@ def define(
             return op(*args)
         if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
             return kernel(*args)
-        return function.apply(*args) if function else op(*args)
+        if function is None:
+            return op(*args)
+        result = composite(args)
+        return function.apply(*args) if result is None else (result,)
 
     return call
 

@@ -175,4 +175,5 @@ _attention = define(
     backward=_backward,
     setup_context=_setup_context,
     autocast_tensors=3,
+    composite=lambda args: dispatch.run_composite("attention", args[-1], args[:-1]),
 )

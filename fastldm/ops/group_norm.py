@@ -39,7 +39,8 @@ def group_norm(
     Returns:
         Shape and dtype of `x`, strides of `torch.empty_like(x)`. Statistics are float32 (float64 for
         float64). Where |mean| > 256 std in a group, or its sum of squares overflows in float32 (|x| past 1e16
-        or so), "reference" and, on the CPU, "torch" compute in float64; others may lose digits or give NaN.
+        or so), "reference", "cpu" and, on the CPU, "torch" lose nothing; others may lose digits or give NaN,
+        as does PyTorch's own group norm, which "auto" takes for small tensors whose gradient is wanted.
         Autocast changes nothing: the statistics do not profit from a smaller dtype, and casting `x` up, as
         PyTorch does on CUDA, doubles the memory traffic of an operation that is memory traffic only.
 
@@ -266,4 +267,5 @@ _group_norm = define(
     _fake,
     backward=_backward,
     setup_context=_setup_context,
+    composite=lambda args: dispatch.run_composite("group_norm", args[-1], args[:-1]),
 )

@@ -61,6 +61,13 @@ def test_every_round_takes_everyone_once_in_rotated_order():
     assert seconds == {name: [1.0] * 4 for name in "abc"}
 
 
+def test_a_sample_of_several_calls_is_preceded_by_one_that_does_not_count():
+    machine = Machine()
+    seconds = timing.interleave({name: (machine.sample(name, 1.0), 2) for name in "ab"}, rounds=1)
+    assert "".join(machine.log) == "aaabbb"
+    assert seconds == {"a": [1.0], "b": [1.0]}
+
+
 def test_seconds_are_of_one_call():
     machine = Machine()
     seconds = timing.interleave({"a": (machine.sample("a", 0.25), 8)}, rounds=2)

@@ -127,9 +127,9 @@ def test_auto_passes_by_a_backend_that_is_slower(picky, caplog):
 
 
 def test_backward_falls_back_by_itself(picky):
-    q = Q.clone().requires_grad_()
+    q, mask = Q.clone().requires_grad_(), torch.ones(4, 4, dtype=torch.bool)
     with fastldm.record() as rec:
-        ops.attention(q, Q, Q).sum().backward()
+        ops.attention(q, Q, Q, mask).sum().backward()
     assert [(c.direction, c.backend) for c in rec.calls] == [("forward", "picky"), ("backward", "torch")]
     assert rec.calls[1].fallback == "picky: the picky backend has no backward for attention"
     with pytest.raises(UnsupportedError, match="no backward"):
