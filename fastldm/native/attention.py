@@ -26,12 +26,6 @@ def _supports_backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale)
     return _reason_against(q)
 
 
-def _slower(q, k, v, attn_mask, is_causal, scale, need_lse) -> str | None:
-    if q.shape[3] >= 128 and q.shape[2] * k.shape[2] <= 64 * 64:
-        return "packing q, k and v costs more than it saves at up to 64 x 64 scores and head dims from 128 on"
-    return None
-
-
 def _dense_last(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
@@ -89,5 +83,4 @@ def implementation() -> Implementation:
         backward=backward,
         supports=_supports,
         supports_backward=_supports_backward,
-        slower=_slower,
     )
