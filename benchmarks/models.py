@@ -19,6 +19,7 @@ from benchmarks.providers import compiled, installed
 from benchmarks.registry import Case, Function, Judge, Op, Problem, Provider, Verdict, Work
 from fastldm.errors import InputError
 from fastldm.models.weights import SkipInit
+from fastldm.nn import pack_weights
 from fastldm.testing import assert_as_accurate
 
 _PARITY = 1e-5  # of float32 networks, as in the tests against diffusers
@@ -169,6 +170,14 @@ def _ours(channels_last: bool, problem: Problem) -> Function:
     return _call(problem.networks.ours(channels_last), channels_last)
 
 
+def _packed(problem: Problem) -> Function:
+    return _call(pack_weights(problem.networks.ours(channels_last=True)), channels_last=True)
+
+
+def _packed_refuses(case: Case) -> str | None:
+    return None if case.device == "cpu" else "packs weights for the CPU only"
+
+
 def _diffusers(channels_last: bool, problem: Problem) -> Function:
     return _call(problem.networks.rival(channels_last), channels_last)
 
@@ -225,6 +234,7 @@ def _providers() -> list[Provider]:
     both = (("", False), ("-channels-last", True))
     return [
         *(Provider(f"fastldm{end}", partial(_ours, last), ours=True) for end, last in both),
+        Provider("fastldm-packed", _packed, ours=True, refuse=_packed_refuses),
         *(Provider(f"diffusers{end}", partial(_diffusers, last)) for end, last in both),
         Provider("compile", _compiled),
         Provider("openvino", _openvino, refuse=_openvino_refuses),

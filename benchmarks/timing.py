@@ -77,8 +77,8 @@ def rounds_for(seconds_per_round: float) -> int:
 def interleave(samples: Mapping[str, tuple[Sample, int]], rounds: int) -> dict[str, list[float]]:
     """Seconds per call in each round. A round takes one sample of each, beginning with another every time.
 
-    So whatever slows the machine down for a while falls on all of them alike. Where a sample is several calls,
-    one more before it brings back the caches and the memory that the one before has taken.
+    So whatever slows the machine down for a while falls on all of them alike. Where a sample is several
+    calls, one more before it brings back the caches and the memory that the one before has taken.
     """
     names = list(samples)
     seconds: dict[str, list[float]] = {name: [] for name in names}
