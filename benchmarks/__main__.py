@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,10 +150,6 @@ _COMMANDS = {"run": _run, "compare": _compare, "plot": _plot}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 where one of our kernels is wrong, 2 for bad input."""
     parsed = _parser().parse_args(arguments)
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Read when PyTorch loads. faiss, PyTorch and compiled code each bring OpenMP threads; those of one
-        # that spin after their work take the cores from the next.
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         return _COMMANDS[parsed.command](parsed)
     except FastLDMError as error:
