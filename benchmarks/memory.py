@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastldm.training.memory import keep_freed_memory
+from fastldm.memory import keep_freed_memory
 
 # From glibc's malloc.h.
 _M_MMAP_THRESHOLD = -3

@@ -16,6 +16,7 @@ Sample = Callable[[int], float]
 """Does the measured thing so many times in a row; seconds it took."""
 
 MIN_SAMPLE = 0.01  # seconds: 1000 times what a scheduler interrupt takes
+_SHORT_SAMPLE = 0.1  # seconds
 _BUDGET = 20.0  # seconds of rounds for one case, unless the number of rounds is given
 _FEWEST, _MOST = 5, 25
 
@@ -77,8 +78,8 @@ def rounds_for(seconds_per_round: float) -> int:
 def interleave(samples: Mapping[str, tuple[Sample, int]], rounds: int) -> dict[str, list[float]]:
     """Seconds per call in each round. A round takes one sample of each, beginning with another every time.
 
-    So whatever slows the machine down for a while falls on all of them alike. Where a sample is several
-    calls, one more before it brings back the caches and the memory that the one before has taken.
+    So whatever slows the machine down for a while falls on all of them alike. A call before each short sample
+    brings back the caches and cores that the one before still holds.
     """
     names = list(samples)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -87,7 +88,7 @@ def interleave(samples: Mapping[str, tuple[Sample, int]], rounds: int) -> dict[s
             first = turn % max(1, len(names))
             for name in names[first:] + names[:first]:
                 sample, loops = samples[name]
-                if loops > 1:
+                if not seconds[name] or seconds[name][-1] * loops < _SHORT_SAMPLE:
                     sample(1)
                 seconds[name].append(sample(loops) / loops)
     return seconds

@@ -13,6 +13,8 @@ from fastldm._version import __version__
 if TYPE_CHECKING:
     from fastldm import diffusion, evaluation, models, nn, ops, reference, systems, testing, training
     from fastldm.dispatch import record, use_backend
+    from fastldm.memory import keep_freed_memory
+    from fastldm.nn import pack_weights
     from fastldm.ops import explain
     from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 
@@ -30,6 +32,8 @@ _SUBMODULES = {
 _NAMES = {
     "LatentDiffusionPipeline": "fastldm.systems.latent_diffusion",
     "explain": "fastldm.ops",
+    "keep_freed_memory": "fastldm.memory",
+    "pack_weights": "fastldm.nn",
     "record": "fastldm.dispatch",
     "use_backend": "fastldm.dispatch",
 }
@@ -40,9 +44,11 @@ __all__ = [
     "diffusion",
     "evaluation",
     "explain",
+    "keep_freed_memory",
     "models",
     "nn",
     "ops",
+    "pack_weights",
     "record",
     "reference",
     "systems",

@@ -14,8 +14,10 @@
 
 namespace fastldm::FASTLDM_ISA {
 
-// exp(score - lse) in float32 is off by |lse| units roundoff. Beyond this the maximum and the sum are found anew.
-constexpr float kLargeLse = 64.0f;
+// exp(score - lse) is off by half a last place of lse. Beyond this, where that is more than 5e-7, or 4e-6 beside
+// rounding to 16 bits, the maximum and the sum are found anew.
+template <class T>
+constexpr float kLargeLse = sizeof(T) == 4 ? 16.0f : 64.0f;
 
 // A half-open range.
 struct Range {
@@ -166,7 +168,7 @@ class Backward : Geometry<T> {
   // there `out`, rounded, makes a delta that shows beside gradients summed over few keys, and the way is short.
   bool is_large(int64_t query, const float* lse) const {
     if (query >= call.queries || lse[query] == -kInfinity) return false;
-    return __builtin_fabsf(lse[query]) > kLargeLse || (sizeof(T) == 2 && call.keys <= kKeys);
+    return __builtin_fabsf(lse[query]) > kLargeLse<T> || (sizeof(T) == 2 && call.keys <= kKeys);
   }
 
   // The rows of a tile whose log-sum-exp is large, from their scores.

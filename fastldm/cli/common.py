@@ -46,6 +46,7 @@ def load_pipeline(arguments: argparse.Namespace) -> LatentDiffusionPipeline:
     """The pipeline that --model names, on --device, with --sampler."""
     import torch
 
+    import fastldm
     from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 
     if not 0 <= arguments.seed < 2**63:
@@ -54,10 +55,15 @@ def load_pipeline(arguments: argparse.Namespace) -> LatentDiffusionPipeline:
     pipeline.sampler = arguments.sampler or pipeline.sampler
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return pipeline.to(device)
+        pipeline.to(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device}: {reason}; `fastldm env` lists the devices") from error
+    if pipeline.device.type == "cpu":
+        fastldm.keep_freed_memory()
+        fastldm.pack_weights(pipeline.unet)
+        fastldm.pack_weights(pipeline.first_stage)
+    return pipeline
 
 
 def check_writable(path: Path) -> None:

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from fastldm import io
 from fastldm.errors import CheckpointError, ConfigError, TrainingError
+from fastldm.memory import keep_freed_memory
 from fastldm.pictures import png_bytes
 from fastldm.training.checkpoint import (
     Checkpoint,
@@ -41,7 +42,6 @@ from fastldm.training.config import TrainingConfig, differing_keys, to_mapping, 
 from fastldm.training.data import StreamSampler, batches, derive_seed
 from fastldm.training.ema import EMA
 from fastldm.training.extras import require
-from fastldm.training.memory import keep_freed_memory
 
 # Keys that may change when a run is resumed: no finished step depended on them, except for max_steps, the
 # length of the cosine, which may be moved to train for longer.

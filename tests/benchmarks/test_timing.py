@@ -57,15 +57,16 @@ def test_every_round_takes_everyone_once_in_rotated_order():
     machine = Machine()
     samples = {name: (machine.sample(name, 1.0), 1) for name in "abc"}
     seconds = timing.interleave(samples, rounds=4)
-    assert "".join(machine.log) == "abcbcacababc"
+    assert "".join(machine.log) == "aabbccbcacababc"
     assert seconds == {name: [1.0] * 4 for name in "abc"}
 
 
-def test_a_sample_of_several_calls_is_preceded_by_one_that_does_not_count():
+def test_a_short_sample_is_preceded_by_a_call_that_does_not_count():
     machine = Machine()
-    seconds = timing.interleave({name: (machine.sample(name, 1.0), 2) for name in "ab"}, rounds=1)
-    assert "".join(machine.log) == "aaabbb"
-    assert seconds == {"a": [1.0], "b": [1.0]}
+    samples = {"a": (machine.sample("a", 0.01), 2), "b": (machine.sample("b", 0.06), 2)}
+    seconds = timing.interleave(samples, rounds=2)
+    assert "".join(machine.log) == "aaabbbbbaaa"
+    assert seconds == {"a": [pytest.approx(0.01)] * 2, "b": [pytest.approx(0.06)] * 2}
 
 
 def test_seconds_are_of_one_call():

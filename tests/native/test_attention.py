@@ -47,16 +47,28 @@ def check(inputs, mask=None, **arguments):
     plain = run(plain_attention, inputs, attn_mask=plain_mask, **arguments)
     truth = run(plain_attention, [x.double() for x in inputs], attn_mask=mask, **arguments)
     terms = max(q.shape[2], k.shape[2]) + q.shape[3]
+    cancelling = dict(zip(("dq", "dk"), cancellation(inputs, mask, **arguments)))
     for name, result, exact, rough in zip(("out", "dq", "dk", "dv"), results, truth, plain):
-        scale = arguments.get("scale")
-        scale = q.shape[3] ** -0.5 if scale is None else abs(scale)
-        if name in ("dq", "dk") and exact.abs().max() <= 1e-9 * scale:
-            # One key in every row: 0 by cancellation of two dot products of length D, each rounded.
-            lengths = [x.double().norm(dim=-1).max().item() for x in inputs]
-            bound = 2 * q.shape[3] * torch.finfo(q.dtype).eps * lengths[2] * lengths[3] * scale
-            assert result.abs().max() <= bound * max(lengths[0] * q.shape[2], lengths[1])
-        else:
+        # With 16 bits the bound is wide, and only needed where one key is all there is.
+        bounded = name in cancelling and (q.dtype == torch.float32 or exact.abs().max() <= 1e-9)
+        if not bounded or ((result - exact).abs() > cancelling[name]).any():
             assert_as_accurate(result, exact, rough, name, terms=terms)
+
+
+def cancellation(inputs, mask, is_causal=False, scale=None):
+    """What rounding may leave of dq and dk where their terms cancel, as where one key has most of the weight.
+
+    Both are sums of P (dP - delta), the difference of two dot products of length D: by chance the error of
+    plain PyTorch, to which the error rule compares, can be far below that of either.
+    """
+    q, k, v, grad = (x.double() for x in inputs)
+    unit = torch.eye(k.shape[2], dtype=q.dtype).expand(*k.shape[:2], -1, -1)
+    weights = plain_attention(q, k, unit, attn_mask=mask, is_causal=is_causal, scale=scale)
+    lengths = v.norm(dim=-1)[:, :, None] + (weights @ v).norm(dim=-1, keepdim=True)
+    scale = q.shape[3] ** -0.5 if scale is None else abs(scale)
+    terms = scale * weights * grad.norm(dim=-1, keepdim=True) * lengths
+    bound = q.shape[3] ** 0.5 * torch.finfo(inputs[0].dtype).eps
+    return bound * (terms @ k.abs()), bound * (terms.transpose(-1, -2) @ q.abs())
 
 
 @st.composite
@@ -79,8 +91,7 @@ def calls(draw):
     mask = attention_mask(shape, draw(st.sampled_from(MASKS)), seed=draw(st.integers(0, 2**31)))
     if mask is not None and mask.is_floating_point() and draw(st.booleans()):
         mask = mask.to(inputs[0].dtype)
-    # Not larger: what float32 rounds off the log-sum-exp is in every weight that the backward makes of it.
-    scale = draw(st.none() | st.floats(-0.2, 0.2))
+    scale = draw(st.none() | st.floats(-1.0, 1.0))
     return inputs, mask, draw(st.booleans()), scale
 
 

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "errors": set(),
     "_version": set(),
     "io": BASE,
+    "memory": BASE,
     "pictures": BASE,
     "implementation": BASE,
     "reference": BASE | {"implementation"},
@@ -27,13 +28,15 @@ MAY_IMPORT = {
     "models": BASE | {"ops", "nn", "io"},
     "diffusion": BASE,
     "systems": BASE | {"ops", "nn", "io", "pictures", "models", "diffusion"},
-    "training": BASE | {"ops", "nn", "io", "models", "diffusion", "systems", "dispatch", "pictures"},
+    "training": BASE
+    | {"ops", "nn", "io", "models", "diffusion", "systems", "dispatch", "pictures"}
+    | {"memory"},
     "evaluation": BASE | {"io", "pictures", "models", "diffusion", "systems", "training"},
     "testing": BASE | KERNELS | {"dispatch"},
     "env": BASE | KERNELS | {"dispatch", "ops"},
     "cli": BASE
     | {"io", "pictures", "models", "diffusion", "systems", "training", "evaluation"}
-    | {"dispatch", "env", "native"},
+    | {"dispatch", "env", "memory", "native", "nn"},
     "__main__": {"cli"},
 }
 
