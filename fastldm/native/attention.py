@@ -26,6 +26,12 @@ def _supports_backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale)
     return _reason_against(q)
 
 
+def _slower_backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale) -> str | None:
+    if q.dtype is torch.float32 and q.shape[0] * q.shape[1] == 1 and q.shape[3] > 256:
+        return "one wide head is shared among the threads at the price of two more products"
+    return None
+
+
 def _dense_last(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
@@ -83,4 +89,5 @@ def implementation() -> Implementation:
         backward=backward,
         supports=_supports,
         supports_backward=_supports_backward,
+        slower_backward=_slower_backward,
     )
