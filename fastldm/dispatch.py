@@ -29,7 +29,7 @@ BACKENDS: dict[str, str] = {
     "reference": "fastldm.reference:implementation",
     "torch": "fastldm.eager:implementation",
     "cpu": "fastldm.native:cpu",
-    "triton": "fastldm.native:triton",
+    "triton": "fastldm.native.triton:implementation",
     "cuda": "fastldm.native:cuda",
 }
 

@@ -1,4 +1,8 @@
-"""Shared by all tests: quiet, offline, seeded, and one thread per worker when pytest-xdist runs several."""
+"""Shared by all tests: quiet, offline, seeded, and one thread per worker when pytest-xdist runs several.
+
+Without a GPU the Triton kernels run under Triton's interpreter, which has to be asked for before they are
+imported.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

@@ -1,4 +1,5 @@
-"""The backends made of fastldm's own kernels: `cpu` and `cuda` (compiled extension) and `triton`.
+"""The backends made of fastldm's own kernels: `cpu` and `cuda` (compiled extension), and `triton` in a module
+of its own.
 
 Each function takes an operation's name and returns its Implementation, or raises UnsupportedError saying why
 not.
@@ -24,10 +25,6 @@ def cpu(op: str) -> Implementation:
     importlib.import_module("fastldm.native.library").load()
     module, function = _CPU[op].split(":")
     return getattr(importlib.import_module(module), function)()
-
-
-def triton(op: str) -> NoReturn:
-    raise UnsupportedError("no Triton kernels in this version")
 
 
 def cuda(op: str) -> NoReturn:

@@ -1,0 +1,80 @@
+"""Compiles kernel launches for GPUs that are not there, and reads what the compiler made of them.
+
+Triton must not be interpreting (TRITON_INTERPRET) in the process.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fastldm.kernels.common.launch import Launch
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a launch became. `registers` a thread; `spilled` bytes of local memory a thread; `shared` bytes a
+    block."""
+
+    registers: int
+    spilled: int
+    shared: int
+    ptx: str
+
+
+class _Driver:
+    """As much of a CUDA driver as Triton asks before a launch."""
+
+    def __init__(self, capability: int):
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def _pretending(capability: int) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(_Driver(capability))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    """Compiles through the steps of a real launch: the same specialisations of the same arguments."""
+    with _pretending(capability):
+        kernel = launch.kernel.warmup(
+            grid=launch.grid, **launch.arguments, num_warps=launch.num_warps, num_stages=launch.num_stages
+        )
+    registers, spilled = _resources(kernel.asm["cubin"])
+    return Compiled(registers, spilled, kernel.metadata.shared, kernel.asm["ptx"])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        answer = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", answer.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump gave no resource usage: {answer.stdout}{answer.stderr}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
