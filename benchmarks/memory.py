@@ -23,7 +23,7 @@ def reuse() -> str:
     Otherwise every large result is mapped and zeroed anew, which takes longer than the kernels themselves.
     """
     if keep_freed_memory():
-        return "freed memory is kept for the next call (glibc M_MMAP_MAX=0, M_TRIM_THRESHOLD=2^31-1)"
+        return "freed memory is kept for the next call (glibc M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1)"
     return "the C library's own way with freed memory"
 
 
