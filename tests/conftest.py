@@ -25,11 +25,28 @@ def _seed():
     torch.manual_seed(0)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="cpu", help="where tests/ops run the operations: cpu, cuda, or copy (see there)"
+    )
+
+
 def pytest_collection_modifyitems(config, items):
-    """Deselect, rather than skip, what needs a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Deselects, rather than skips, what needs a GPU where there is none, and backends that do not run on the
+    device asked for."""
+    device = config.getoption("--device").replace("copy", "cpu")
+    chosen = {True: [], False: []}
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        chosen[_can_run(item, parameters.get("backend"), device)].append(item)
+    if chosen[False]:
+        config.hook.pytest_deselected(items=chosen[False])
+        items[:] = chosen[True]
+
+
+def _can_run(item, backend: str | None, device: str) -> bool:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        return False
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if interpreted else ("cuda",)}
+    return device in devices.get(backend, (device,))

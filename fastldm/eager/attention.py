@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastldm.implementation import Implementation, in_layout_of
+from fastldm.processor import mkl_is_slow
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -24,9 +25,11 @@ _BLOCK_ELEMENTS = 1 << 24  # scores held at once by the blockwise path
 # cores with AMX 20 against 4 ms at (64, 4, 64, 64, 32), 15 against 10 at (8, 8, 256, 256, 40), 36 against 53
 # at (2, 8, 1024, 1024, 80).
 _SMALL_SCORES = 256 * 256
-# Up to this B * H * Sq * Sk in float32 PyTorch's own autograd is the fastest way to a gradient on 2 cores: 59
-# against 106 us at (2, 4, 16, 16, 32), 760 against 1020 at (2, 8, 64, 64, 160). Half precision is slow there.
+# Up to this B * H * Sq * Sk in float32 PyTorch's own autograd is the fastest way to a gradient: on 2 cores of
+# a Xeon 59 against 106 us at (2, 4, 16, 16, 32) and 760 against 1020 at (2, 8, 64, 64, 160), of an EPYC 43
+# against 75 and 1270 against 580. Half precision is slow there.
 _SMALL_TRAINING = 2 * 8 * 64 * 77
+_SMALL_TRAINING_SLOW_MKL = 2 * 4 * 32 * 32
 # exp(score - lse), as in PyTorch's CPU backward, is off by |lse| units roundoff: 6e-5 in float32 here.
 _LARGE_LSE = 1024.0
 
@@ -201,7 +204,8 @@ def _backward_blocks(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):
 def _composite(q, k, v, attn_mask, is_causal, scale, need_lse) -> Tensor | None:
     if attn_mask is not None or q.dtype != torch.float32:
         return None
-    if not 0 < q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= _SMALL_TRAINING:
+    most = _SMALL_TRAINING_SLOW_MKL if mkl_is_slow() else _SMALL_TRAINING
+    if not 0 < q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= most:
         return None
     if not (contiguous := q.is_contiguous()) and not q.transpose(1, 2).is_contiguous():
         return None

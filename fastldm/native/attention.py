@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastldm.implementation import Implementation, in_layout_of
+from fastldm.processor import mkl_is_slow
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,7 +28,8 @@ def _supports_backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale)
 
 
 def _slower_backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale) -> str | None:
-    if q.dtype is torch.float32 and q.shape[0] * q.shape[1] == 1 and q.shape[3] > 256:
+    one_wide_head = q.dtype is torch.float32 and q.shape[0] * q.shape[1] == 1 and q.shape[3] > 256
+    if one_wide_head and not mkl_is_slow():
         return "one wide head is shared among the threads at the price of two more products"
     return None
 

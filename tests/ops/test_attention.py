@@ -109,10 +109,10 @@ def test_expanded_and_strided_inputs(backend):
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [pair for pair in WITH_FLOAT64 if pair[1] != torch.bfloat16])
-def test_log_sum_exp(dtype, backend):
+def test_log_sum_exp(dtype, backend, on_device):
     q, k, v, _ = attention_inputs(SMALL, dtype)
     mask = attention_mask(SMALL, "bool")
-    _, lse = torch.ops.fastldm.attention(q, k, v, mask, False, 0.2, True, backend)
+    _, lse = on_device(torch.ops.fastldm.attention)(q, k, v, mask, False, 0.2, True, backend)
     scores = (q.double() @ k.double().transpose(-2, -1) * 0.2).masked_fill(~mask, -torch.inf)
     truth = torch.logsumexp(scores, dim=-1)
     assert lse.dtype == dtype

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastldm
-from fastldm import ops
+from fastldm import ops, processor
 from fastldm.testing import assert_as_accurate
 
 
@@ -96,3 +96,22 @@ def test_a_policy_is_kept():
         ("forward", "reference"),
         ("backward", "reference"),
     ]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_where_products_of_pytorch_are_slow_less_is_left_to_them(slow, monkeypatch):
+    for module in ("fastldm.eager.attention", "fastldm.native.attention"):
+        monkeypatch.setattr(f"{module}.mkl_is_slow", lambda: slow)
+    inputs = [normal(2, 4, 64, 8).requires_grad_() for _ in range(3)]
+    with fastldm.record() as record:
+        ops.attention(*inputs)
+    assert ("autograd" in (record.calls[0].fallback or "")) is not slow
+
+
+def test_the_processor_is_told_by_its_vendor(monkeypatch):
+    monkeypatch.setattr(processor.torch.backends.mkl, "is_available", lambda: True)
+    for vendor, slow in ((": GenuineIntel", False), (": AuthenticAMD", True)):
+        monkeypatch.setattr(processor, "_vendor", lambda vendor=vendor: vendor)
+        assert processor.mkl_is_slow.__wrapped__() is slow
+    monkeypatch.setattr(processor.torch.backends.mkl, "is_available", lambda: False)
+    assert not processor.mkl_is_slow.__wrapped__()
