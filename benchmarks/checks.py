@@ -41,7 +41,12 @@ def runnable(function: Function, problem: Problem) -> Callable[[], tuple[Tensor,
 
 
 def judge_by_rule(
-    problem: Problem, cut: Callable[[str, Tensor], Tensor], truth: Function, plain: Function, terms: int
+    problem: Problem,
+    cut: Callable[[str, Tensor], Tensor],
+    truth: Function,
+    plain: Function,
+    terms: int,
+    compared: Sequence[str] | None = None,
 ) -> Judge:
     """Judges the result ("out") and the gradients by `fastldm.testing.assert_as_accurate`.
 
@@ -50,6 +55,7 @@ def judge_by_rule(
             The operation on parts must give the part of the operation.
         truth, plain: the operation in float64, and as PyTorch does it in the tested dtype.
         terms: of the longest sum behind one element.
+        compared: names of the results to compare, by default all of them.
     """
     grad = None if problem.grad is None else cut("out", problem.grad).cpu()
     inputs = tuple(cut(name, x.detach()).cpu() for name, x in zip(problem.names, problem.inputs))
@@ -74,6 +80,8 @@ def judge_by_rule(
             if result.shape != like.shape or result.dtype != like.dtype:
                 got = f"{tuple(result.shape)} {result.dtype}"
                 return Verdict(None, f"{name}: {got} where {tuple(like.shape)} {like.dtype} is due")
+            if compared is not None and name not in compared:
+                continue
             label = name if name == "out" else f"d{name}"
             verdict = _worse(verdict, _compare(label, result, cut(name, result).cpu(), one, two, terms))
         return verdict
@@ -91,6 +99,11 @@ def _compare(name: str, whole: Tensor, part: Tensor, exact: Tensor, rough: Tenso
     except AssertionError as fault:
         return Verdict(error, str(fault))
     return Verdict(error)
+
+
+def both(first: Judge, second: Judge) -> Judge:
+    """The worse of two verdicts."""
+    return lambda results: _worse(first(results), second(results))
 
 
 def _worse(first: Verdict, second: Verdict) -> Verdict:

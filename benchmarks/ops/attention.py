@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.checks import judge_by_rule, spread
+from benchmarks.checks import both, judge_by_rule, spread
 from benchmarks.providers import ours, too_large
 from benchmarks.registry import DIRECTIONS, Case, Function, Judge, Op, Problem, Provider, Work
 from fastldm import reference
@@ -31,17 +31,25 @@ def _problem(case: Case) -> Problem:
 
 
 def _judge(problem: Problem) -> Judge:
-    """On some heads, whole."""
+    """On some heads whole, and what belongs to single queries on some queries of every head."""
     batch, heads, queries, keys, head_dim = SHAPES[problem.case.shape]
     picked = spread(batch * heads, _CHECKED_SCORES // (queries * keys))
+    rows = spread(queries, _CHECKED_SCORES // (4 * batch * heads * keys))
 
-    def cut(name: str, x: Tensor) -> Tensor:
+    def cut_heads(name: str, x: Tensor) -> Tensor:
         return torch.stack([x[i // heads, i % heads] for i in picked]).unsqueeze(0)
+
+    def cut_rows(name: str, x: Tensor) -> Tensor:
+        return x if name in ("k", "v") else x[:, :, rows]
 
     def truth(*inputs: Tensor) -> Tensor:
         return reference.attention(*inputs)[0]
 
-    return judge_by_rule(problem, cut, truth, plain_attention, terms=max(queries, keys) + head_dim)
+    terms = max(queries, keys) + head_dim
+    whole = judge_by_rule(problem, cut_heads, truth, plain_attention, terms)
+    if len(picked) == batch * heads:
+        return whole
+    return both(whole, judge_by_rule(problem, cut_rows, truth, plain_attention, terms, ("out", "q")))
 
 
 def _work(problem: Problem) -> Work:

@@ -14,7 +14,7 @@ from fastldm.testing.inputs import group_norm_inputs
 from fastldm.testing.shapes import GROUP_NORM, GROUP_NORM_LAYERS
 
 SHAPES = {**GROUP_NORM_LAYERS, **GROUP_NORM}
-_CHECKED_ELEMENTS = 1 << 22
+_CHECKED_ELEMENTS = 1 << 26
 # Tensors the size of x that must be read or written: x, y; x, dy, dx.
 _PASSES = {"forward": 2, "backward": 3, "forward+backward": 5}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import timing
 from benchmarks.checks import spread
 from benchmarks.providers import compiled, installed, ours, too_large
 from benchmarks.registry import Case, Function, Judge, Op, Problem, Provider, Verdict, Work
@@ -21,6 +22,7 @@ from fastldm.testing.shapes import VQ, VQ_LAYERS, VQLayer
 SHAPES = {**VQ_LAYERS, **{name: VQLayer(60, codebook) for name, codebook in VQ.items()}}
 _CHECKED_PRODUCTS = 1 << 27
 _CHUNKS = (64, 128, 256, 512, 1024, 2048)
+_TRIED_ROWS, _TRIED_ROUNDS = 16384, 5
 
 
 def _codebook_problem(case: Case) -> Problem:
@@ -83,16 +85,16 @@ def _faiss_refuses(case: Case) -> str | None:
 def _chunked(problem: Problem) -> Function:
     """The matrix product and argmin in blocks of rows with buffers kept, the best of some block sizes."""
     z, codebook = problem.inputs
-    functions = [_chunked_by(rows, z, codebook) for rows in _CHUNKS if rows <= len(z)] or [
-        _chunked_by(len(z), z, codebook)
-    ]
-    seconds = []
-    for function in functions:
-        function(z[: _CHUNKS[-1]], codebook)
-        start = time.perf_counter()
-        function(z[: _CHUNKS[-1]], codebook).tolist()
-        seconds.append(time.perf_counter() - start)
-    return functions[seconds.index(min(seconds))]
+    functions = {rows: _chunked_by(rows, z, codebook) for rows in _CHUNKS if rows <= len(z)} or {
+        len(z): _chunked_by(len(z), z, codebook)
+    }
+    some = z[:_TRIED_ROWS]
+    samples = {
+        rows: (timing.sampler(partial(function, some, codebook), problem.case.device), 1)
+        for rows, function in functions.items()
+    }
+    seconds = timing.interleave(samples, _TRIED_ROUNDS)
+    return functions[min(functions, key=lambda rows: timing.statistics_of(seconds[rows]).median)]
 
 
 def _chunked_by(rows: int, z: Tensor, codebook: Tensor) -> Function:

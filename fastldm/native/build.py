@@ -90,12 +90,18 @@ def sources_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def cache_folder() -> Path:
-    """Where `fastldm build` keeps what it compiled: FASTLDM_CACHE, else `fastldm` in the user's cache."""
+def cache_folder() -> Path | None:
+    """Where `fastldm build` keeps what it compiled: FASTLDM_CACHE, else `fastldm` in the user's cache.
+
+    None for a user without a home, as a container may have.
+    """
     chosen = os.environ.get("FASTLDM_CACHE")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastldm"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastldm"
+    except RuntimeError:
+        return None
 
 
 def binary_name() -> str:
@@ -107,15 +113,28 @@ def find_binary() -> Path | None:
     packaged = Path(__file__).parent / binary_name()
     if packaged.is_file():
         return packaged
-    built = list(cache_folder().glob(f"*/{binary_name()}"))
+    folder = cache_folder()
+    built = [path for path in folder.glob(f"*/{binary_name()}") if _is_whole(path)] if folder else []
     return max(built, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a binary of the cache has the size that was noted beside it: loading half of one kills the
+    process."""
+    try:
+        return json.loads(path.with_suffix(".json").read_text())["bytes"] == path.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def find_compiler() -> Compiler:
     """CXX, else the first of c++, g++ and clang++. Raises BuildError where there is none."""
     wanted = os.environ.get("CXX")
     for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
-        command = tuple(shlex.split(name))
+        try:
+            command = tuple(shlex.split(name))
+        except ValueError as error:
+            raise BuildError(f"CXX={name} cannot be read: {error}") from error
         if command and shutil.which(command[0]):
             answer = subprocess.run([*command, "--version"], capture_output=True, text=True)
             if answer.returncode == 0 and answer.stdout:
@@ -136,7 +155,7 @@ def recipe(compiler: Compiler, output: Path) -> Recipe:
     if not (folder / "bindings.cpp").is_file():
         raise BuildError(f"the C++ sources are not in {folder}; install fastldm again")
     isas = ("plain", *_supported(compiler))
-    compile_ = (*compiler.command, *_FLAGS, "-c")
+    compile_ = (*compiler.command, *_FLAGS, f"-ffile-prefix-map={folder}=csrc", "-c")
     bindings = (f"-DTORCH_TARGET_VERSION={_TORCH_TARGET_VERSION}", f"-isystem{include}")
     built = tuple(f"-DFASTLDM_BUILT_{isa}" for isa in isas)
     objects = {
@@ -189,6 +208,8 @@ def compile_extension(output: Path, compiler: Compiler, progress: Progress) -> t
                 pool.shutdown(cancel_futures=True)
                 raise
         _run((*plan.link, *map(str, files.values())))
+        if not (folder / output.name).is_file():
+            raise BuildError(f"{shlex.join(compiler.command)} ended without an error, but wrote nothing")
         os.replace(folder / output.name, output)
         progress(total, total)
     return plan.isas
@@ -215,13 +236,21 @@ def build(progress: Progress = silent, *, force: bool = False) -> Path:
 
     compiler = find_compiler()
     key = hashlib.sha256(repr(compiler).encode()).hexdigest()[:8]
-    output = cache_folder() / key / binary_name()
+    folder = cache_folder()
+    if folder is None:
+        raise BuildError("this user has no home folder to keep the C++ kernels in; set FASTLDM_CACHE")
+    output = folder / key / binary_name()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(output.parent / "build.lock"):
-            if force or not output.is_file():
+            if force or not _is_whole(output):
                 isas = compile_extension(output, compiler, progress)
-                about = {"compiler": compiler.version, "command": compiler.command, "instruction_sets": isas}
+                about = {
+                    "compiler": compiler.version,
+                    "command": compiler.command,
+                    "instruction_sets": isas,
+                    "bytes": output.stat().st_size,
+                }
                 output.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
             # The latest is the one that is loaded.
             output.touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import torch
@@ -18,8 +19,14 @@ def load():
         raise UnsupportedError("the C++ kernels are not built; run `fastldm build`")
     try:
         torch.ops.load_library(str(path))
-        torch.ops.fastldm_cpu.isa()
+        runnable = torch.ops.fastldm_cpu.runnable_isas().split()
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedError(f"{path} cannot be used: {reason}; run `fastldm build --force`") from error
+    wanted = os.environ.get("FASTLDM_CPU_ISA")
+    if wanted and wanted not in runnable:
+        raise UnsupportedError(
+            f"FASTLDM_CPU_ISA={wanted!r} is no instruction set of this machine; use one of: "
+            f"{', '.join(runnable)}"
+        )
     return torch.ops.fastldm_cpu

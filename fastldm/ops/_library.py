@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastldm import dispatch
+
 _Keys, _Key = torch._C.DispatchKeySet, torch._C.DispatchKey
 _LIBRARY = torch.library.Library("fastldm", "DEF")
 _AUTOCAST_KEYS = _Keys(_Key.AutocastCPU) | _Keys(_Key.AutocastCUDA)
@@ -106,10 +108,36 @@ def _autograd_function(name: str, kernel: Callable, backward: Callable, setup_co
         # PyTorch's own way to call setup_context inspects the signature of forward on every call (40 us).
         output = kernel(*args)
         setup_context(ctx, args, output)
+        # Saved tensors carry the state too, but not through hooks that save copies of them.
+        ctx.backward_as_now = dispatch.keeping_state(backward)
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def backward_as_then(ctx, *grads):
+        return ctx.backward_as_now(ctx, *grads)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_as_then)}
     return type(f"{name}_function", (torch.autograd.Function,), methods)
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Raises TypeError unless x is a dense tensor of a floating-point dtype that operations compute in."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be floating point (float32, bfloat16, float16, float64), got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; call .to_dense()")
+
+
+def check_number(name: str, value: object, kind: type = float) -> None:
+    """Raises TypeError unless value is a real number, or with `kind` int a whole one; symbolic ones are."""
+    accepted = (int, torch.SymInt) if kind is int else (int, float, torch.SymInt, torch.SymFloat)
+    if not isinstance(value, accepted) or isinstance(value, bool):
+        wanted = "a whole number" if kind is int else "a number"
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
 
 
 def refuse_transforms(name: str, *inputs: Tensor | None) -> None:

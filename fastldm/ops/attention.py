@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastldm import dispatch
-from fastldm.ops._library import define, refuse_transforms
+from fastldm.ops._library import check_number, check_tensor, define, refuse_transforms
 
 HEAD_DIMS = (*range(8, 257, 8), 512)
 
@@ -54,10 +54,12 @@ def attention(
 
 def prepare(q, k, v, attn_mask=None, *, is_causal=False, scale=None) -> tuple:
     """The checked arguments of the operation, without the backend."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
+    if scale is not None:
+        check_number("scale", scale)
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v must be (B, H, S, D), got {_shape(q)}, {_shape(k)}, {_shape(v)}")
-    if not q.is_floating_point():
-        raise TypeError(f"q, k, v must be floating point, got {q.dtype}")
     if not q.dtype == k.dtype == v.dtype:
         _check_mixed_dtypes(q, k, v)
     if not q.device == k.device == v.device:
@@ -82,8 +84,6 @@ def _check_mixed_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
     got = f"got {q.dtype}, {k.dtype}, {v.dtype}"
     if not torch.is_autocast_enabled(q.device.type):
         raise ValueError(f"q, k, v must have one dtype, {got}")
-    if not (k.is_floating_point() and v.is_floating_point()):
-        raise TypeError(f"q, k, v must be floating point, {got}")
     if torch.float64 in (q.dtype, k.dtype, v.dtype):
         raise ValueError(f"q, k, v must have one dtype, as autocast leaves float64 alone, {got}")
 
@@ -95,6 +95,8 @@ def _shape(x: Tensor) -> tuple[int, ...]:
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """The mask as 4-D, each dimension 1 or that of (B, H, Sq, Sk)."""
     wanted = (*q.shape[:3], k.shape[2])
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"attn_mask must be bool (True = attend) or floating point (added), got {mask.dtype}")
     if mask.requires_grad and torch.is_grad_enabled():
@@ -108,7 +110,7 @@ def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 "mask[:, None, None]"
             )
         return mask[:, None, None, :]
-    fits = 1 <= mask.dim() <= 4 and all(
+    fits = mask.dim() <= 4 and all(
         have in (1, want) for have, want in zip(reversed(mask.shape), reversed(wanted))
     )
     if not fits:

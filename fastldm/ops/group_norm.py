@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastldm import dispatch
-from fastldm.ops._library import define, refuse_transforms
+from fastldm.ops._library import check_number, check_tensor, define, refuse_transforms
 
 
 def group_norm(
@@ -78,10 +78,11 @@ def prepare(
     shift=None,
 ) -> tuple:
     """The checked arguments of the operation, without the backend."""
+    check_tensor("x", x)
+    check_number("num_groups", num_groups, int)
+    check_number("eps", eps)
     if not 2 <= x.dim() <= 5:
         raise ValueError(f"x must be (N, C, *spatial) with 2 to 5 dimensions, got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
     batch, channels = x.shape[0], x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(
@@ -103,12 +104,11 @@ def prepare(
 
 
 def _check_parameter(name: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    check_tensor(name, value)
     if value.shape != shape:
         raise ValueError(
             f"{name} must be {'(C,)' if len(shape) == 1 else '(N, C)'} = {shape}, got {tuple(value.shape)}"
         )
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {value.dtype}")
     if value.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
 
@@ -207,7 +207,12 @@ def _backward_fake(
     backend,
 ):
     inputs = (x, weight, bias, channel_bias, scale, shift)
-    return tuple(torch.empty_like(i) if n else x.new_empty(0) for i, n in zip(inputs, needed))
+    # The gradient of x has the layout of x, those of the parameters are contiguous whatever these are.
+    layouts = (torch.preserve_format, *(torch.contiguous_format,) * 5)
+    return tuple(
+        torch.empty_like(i, memory_format=layout) if n else x.new_empty(0)
+        for i, n, layout in zip(inputs, needed, layouts)
+    )
 
 
 def _setup_context(ctx, inputs, output):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastldm import dispatch
-from fastldm.ops._library import define, refuse_transforms
+from fastldm.ops._library import check_number, check_tensor, define, refuse_transforms
 
 
 def vq_nearest(z: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
@@ -75,12 +75,12 @@ def vq_ema_update(
 
 def prepare_nearest(z, codebook) -> tuple:
     """The checked arguments of the operation, without the backend."""
+    check_tensor("z", z)
+    check_tensor("codebook", codebook)
     if z.dim() < 1 or codebook.dim() != 2:
         raise ValueError(
             f"z must be (..., D), codebook (K, D), got {tuple(z.shape)}, {tuple(codebook.shape)}"
         )
-    if not z.is_floating_point() or not codebook.is_floating_point():
-        raise TypeError(f"z and codebook must be floating point, got {z.dtype}, {codebook.dtype}")
     if codebook.shape[0] == 0 or codebook.shape[1] == 0:
         raise ValueError(
             f"codebook must have at least one code and one dimension, got {tuple(codebook.shape)}"
@@ -94,12 +94,14 @@ def prepare_nearest(z, codebook) -> tuple:
 
 def prepare_ema_update(z, indices, num_codes) -> tuple:
     """The checked arguments of the operation, without the backend."""
+    check_tensor("z", z)
+    check_number("num_codes", num_codes, int)
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices must be a tensor, got {type(indices).__name__}")
     if z.dim() < 1 or z.shape[:-1] != indices.shape:
         raise ValueError(
             f"z must be (..., D) and indices (...), got {tuple(z.shape)} and {tuple(indices.shape)}"
         )
-    if not z.is_floating_point():
-        raise TypeError(f"z must be floating point, got {z.dtype}")
     if indices.dtype != torch.int64:
         raise TypeError(f"indices must be int64, got {indices.dtype}")
     if num_codes < 1:

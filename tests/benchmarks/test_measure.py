@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from benchmarks import registry
 from benchmarks.checks import spread
-from benchmarks.measure import falls_behind, measure
+from benchmarks.measure import Row, _compare, falls_behind, measure
 from benchmarks.providers import installed, too_large
 from benchmarks.registry import Case, Provider
 
@@ -82,6 +83,39 @@ def test_a_wrong_gradient_is_refused(op, direction):
     assert rows[0].fault is None
     assert rows[1].fault.startswith("d")
     assert rows[1].seconds is None
+
+
+def test_the_ratio_is_to_the_fastest_rival():
+    def row(provider, ours, seconds):
+        return Row(
+            **asdict(TINY["attention"]), dims={}, threads=1, provider=provider, ours=ours, seconds=seconds
+        )
+
+    rows = [
+        row("mine", True, 2.0),
+        row("slow", False, 8.0),
+        row("fast", False, 3.0),
+        row("none", False, None),
+    ]
+    _compare(rows, "slow")
+    assert (rows[0].best_rival, rows[0].ratio) == ("fast", 1.5)
+    assert rows[1].ratio is None
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_every_head_of_a_large_case_is_looked_at(direction, monkeypatch):
+    """Where not all can be compared whole."""
+    monkeypatch.setattr("benchmarks.ops.attention._CHECKED_SCORES", 200)
+    case = Case("attention", "sdxl-text-64", "float32", "contiguous", direction)
+    right = ours("attention")
+
+    def lose_a_head(out):
+        keep = torch.ones(1, 2, 1, 1)
+        keep[0, 0] = 0.0
+        return out * keep
+
+    rows = measure(case, [right, spoiled(right, lose_a_head)], rounds=1)
+    assert [row.fault is None for row in rows] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,43 @@ def test_a_file_that_is_no_library(empty_cache):
     broken = empty_cache / "x" / build.binary_name()
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"not a library")
+    broken.with_suffix(".json").write_text('{"bytes": 13}')
     first, _ = python("-c", USE).stdout.splitlines()
     assert first.startswith(f"torch | cpu: {broken} cannot be used: ")
     assert first.endswith("run `fastldm build --force`")
+
+
+def test_half_a_file_is_not_loaded(empty_cache, fake_compiler):
+    """Mapping less than a library says it is kills the process."""
+    path = build.build()
+    path.write_bytes(path.read_bytes()[:3])
+    assert build.find_binary() is None
+    assert build.build() == path
+    assert build.find_binary() == path
+
+
+def test_a_user_without_a_home(monkeypatch, fake_compiler):
+    """As a container may run: no HOME, and no entry for the user."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FASTLDM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(build.Path, "home", no_home)
+    assert build.find_binary() is None
+    with pytest.raises(BuildError, match=r"no home folder .*; set FASTLDM_CACHE"):
+        build.build()
+
+
+def test_an_instruction_set_that_is_not_here():
+    done = python("-c", f"import os; os.environ['FASTLDM_CPU_ISA'] = 'bogus'{USE}")
+    first, _ = done.stdout.splitlines()
+    if build.find_binary() is None:
+        assert "not built" in first
+    else:
+        assert "FASTLDM_CPU_ISA='bogus' is no instruction set of this machine; use one of: " in first
+        assert "fastldm build" not in first
 
 
 def test_builds_once(empty_cache, fake_compiler):
@@ -144,6 +178,20 @@ def test_no_compiler(empty_cache, monkeypatch):
     excused = python("-m", "fastldm", "build", "--if-possible")
     assert excused.returncode == 0
     assert "going on without the C++ kernels" in excused.stdout
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"), [("g++ 'x", "cannot be read: No closing quotation"), ("true", "wrote nothing")]
+)
+def test_compilers_that_are_none(compiler, message, empty_cache, monkeypatch, tmp_path):
+    if compiler == "true":
+        path = tmp_path / "silent-c++"
+        path.write_text("#!/bin/sh\necho 1.0\n")
+        path.chmod(0o755)
+        compiler = str(path)
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(BuildError, match=message):
+        build.build()
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, fake_compiler, monkeypatch):

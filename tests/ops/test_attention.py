@@ -308,6 +308,10 @@ Q = torch.randn(2, 2, 4, 8)
     [
         ((Q[0], Q, Q), ValueError, r"\(B, H, S, D\)"),
         ((Q.long(), Q.long(), Q.long()), TypeError, "floating point"),
+        ((None, Q, Q), TypeError, "q must be a tensor, got NoneType"),
+        ((Q, Q.to(torch.float8_e4m3fn), Q), TypeError, "k must be floating point"),
+        ((Q, Q, Q.to_sparse()), TypeError, "v must be a dense tensor"),
+        ((Q, Q, Q, [True]), TypeError, "attn_mask must be a tensor, got list"),
         ((Q, Q.double(), Q), ValueError, "one dtype"),
         ((Q, Q.to("meta"), Q), ValueError, "one device"),
         ((Q, Q[:1], Q[:1]), ValueError, "repeat the key heads|B, H, D"),
@@ -325,6 +329,20 @@ Q = torch.randn(2, 2, 4, 8)
 def test_refused_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         ops.attention(*arguments)
+
+
+def test_a_scale_that_is_no_number_is_refused():
+    for scale in ("a", True, torch.ones(())):
+        with pytest.raises(TypeError, match="scale must be a number"):
+            ops.attention(Q, Q, Q, scale=scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_without_dimensions_broadcasts(backend):
+    q, k, v, _ = attention_inputs(SMALL, torch.float32)
+    plain = ops.attention(q, k, v, backend=backend)
+    assert torch.equal(ops.attention(q, k, v, torch.tensor(True), backend=backend), plain)
+    assert not ops.attention(q, k, v, torch.tensor(False), backend=backend).any()
 
 
 def test_unknown_and_absent_backends():

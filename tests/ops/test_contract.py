@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -77,6 +79,11 @@ def test_opcheck_group_norm(layout, backend):
     y, mean, rstd = OPS.group_norm(x.detach(), 4, None, c.detach(), 1e-5, None, None, None, None, backend)
     needed = [True, False, True, False, False, False]
     arguments = (x.detach(), mean, rstd, 4, None, c.detach(), 1e-5, None, None, None, None, needed, backend)
+    opcheck(OPS.group_norm_backward.default, (y, *arguments))
+    # Gradients of parameters are contiguous, whatever the parameters are.
+    scale = normal(8, 2).t()
+    needed = [True, False, False, False, True, False]
+    arguments = (x.detach(), mean, rstd, 4, None, None, 1e-5, None, None, scale, None, needed, backend)
     opcheck(OPS.group_norm_backward.default, (y, *arguments))
 
 
@@ -347,3 +354,30 @@ def test_fake_tensors_on_a_device_that_is_not_here():
         assert ops.vq_nearest(torch.empty(5, 4, device="cuda"), torch.empty(7, 4, device="cuda")).shape == (
             5,
         )
+
+
+class Wrapped(torch.Tensor):
+    """A tensor that holds another one, and lists what PyTorch's dispatcher is asked to do with it."""
+
+    calls: ClassVar[list[str]] = []
+
+    @staticmethod
+    def __new__(cls, inner):
+        wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        wrapper.inner = inner
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        cls.calls.append(str(function))
+        args = torch.utils._pytree.tree_map_only(cls, lambda x: x.inner, args)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_tensor_that_wants_to_see_the_operation_sees_it():
+    """Only plain tensors go past the dispatcher."""
+    Wrapped.calls.clear()
+    q = normal(1, 1, 4, 8)
+    out = ops.attention(*(Wrapped(q),) * 3, backend="torch")
+    assert "fastldm.attention.default" in Wrapped.calls
+    assert torch.equal(out, ops.attention(q, q, q, backend="torch"))

@@ -171,6 +171,19 @@ def test_backward_runs_under_the_policy_of_its_forward():
     }
 
 
+def test_the_policy_survives_copies_of_what_is_saved():
+    """As a user's hooks make them, to keep saved tensors elsewhere."""
+    q = torch.randn(1, 2, 300, 8, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
+    with hooks, fastldm.use_backend("reference"), fastldm.record() as rec:
+        out = ops.attention(q, q, q)
+    out.sum().backward()
+    assert [(c.direction, c.backend) for c in rec.calls] == [
+        ("forward", "reference"),
+        ("backward", "reference"),
+    ]
+
+
 def test_explicit_backend_holds_for_the_backward():
     q = Q.clone().requires_grad_()
     with fastldm.record() as rec:

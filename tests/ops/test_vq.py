@@ -291,6 +291,8 @@ def test_refused_arguments(function, arguments, error, message):
         ((Z.long(), INDICES, 5), TypeError, "floating point"),
         ((Z, INDICES.int(), 5), TypeError, "int64"),
         ((Z, INDICES, 0), ValueError, "at least 1"),
+        ((Z, INDICES, 30.0), TypeError, "num_codes must be a whole number"),
+        ((Z, [0, 0, 0], 5), TypeError, "indices must be a tensor"),
         ((Z, INDICES.to("meta"), 5), ValueError, "one device"),
         ((Z, INDICES - 1, 5), ValueError, r"0 \.\. 4, got -1 \.\. -1"),
         ((Z, INDICES + 5, 5), ValueError, r"got 5 \.\. 5"),
