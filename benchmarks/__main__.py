@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks run | compare | plot`."""
+"""The command line: `python -m benchmarks run | compare | tune | plot | prove`."""
 
 from __future__ import annotations
 
@@ -28,16 +28,22 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _add_selection(parser: argparse.ArgumentParser) -> None:
-    several = {"nargs": "+", "default": [], "metavar": "NAME"}
-    parser.add_argument("group", nargs="?", default="ops", choices=["ops", "models"], help="default: ops")
-    parser.add_argument("--op", **several, help="operations, or networks (default: all)")
-    parser.add_argument("--shapes", **several, help="named shapes (default: the layers of real models)")
-    parser.add_argument("--dtype", **several, help="float32, bfloat16, float16")
-    parser.add_argument("--layout", **several, help="contiguous, channels-last, heads-last, packed")
-    parser.add_argument("--direction", **several, help="forward, backward, forward+backward")
-    parser.add_argument("--provider", **several, help="who does it (default: everyone installed)")
+_SEVERAL = {"nargs": "+", "default": [], "metavar": "NAME"}
+
+
+def _add_cases(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", **_SEVERAL, help="operations, or networks (default: all)")
+    parser.add_argument("--shapes", **_SEVERAL, help="named shapes (default: the layers of real models)")
+    parser.add_argument("--dtype", **_SEVERAL, help="float32, bfloat16, float16")
+    parser.add_argument("--layout", **_SEVERAL, help="contiguous, channels-last, heads-last, packed")
+    parser.add_argument("--direction", **_SEVERAL, help="forward, backward, forward+backward")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("group", nargs="?", default="ops", choices=["ops", "models"], help="default: ops")
+    _add_cases(parser)
+    parser.add_argument("--provider", **_SEVERAL, help="who does it (default: everyone installed)")
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: PyTorch's choice")
     parser.add_argument("--rounds", type=_positive, metavar="N", help="default: as many as fit 20 s a case")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the rows, anew after every case")
@@ -60,9 +66,22 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="use what is compiled, instead of running `fastldm build` for both",
     )
+    tune = commands.add_parser(
+        "tune", allow_abbrev=False, help="time the configurations of the Triton kernels, write their tables"
+    )
+    _add_cases(tune)
+    tune.add_argument("--out", type=Path, metavar="FOLDER", help="of the tables (default: their place)")
+    tune.set_defaults(group="ops", provider=[], threads=None)
     plot = commands.add_parser("plot", allow_abbrev=False, help="PNG bar plots of results, one per operation")
     plot.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what run --out wrote")
     plot.add_argument("--folder", type=Path, help="of the PNG files (default: beside each FILE)")
+    prove = commands.add_parser(
+        "prove", allow_abbrev=False, help="everything that only a GPU can show: tests, sanitizer, tune, run"
+    )
+    prove.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of what is found; kept")
+    prove.add_argument("--part", nargs="+", default=[], metavar="NAME", help="default: all, in their order")
+    prove.add_argument("--again", action="store_true", help="also the parts that have passed already")
+    prove.add_argument("--list", action="store_true", help="only name the parts")
     return parser
 
 
@@ -136,6 +155,17 @@ def _compare(arguments: argparse.Namespace) -> int:
     )
 
 
+def _tune(arguments: argparse.Namespace) -> int:
+    cases, selection = _select(arguments)
+    if not selection.device.startswith("cuda"):
+        raise InputError(
+            "tune times the Triton kernels, which needs a CUDA GPU; the C++ kernels have no tables to write"
+        )
+    from benchmarks import tune
+
+    return tune.run(cases, arguments.out)
+
+
 def _plot(arguments: argparse.Namespace) -> int:
     from benchmarks import plot
 
@@ -144,7 +174,20 @@ def _plot(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"run": _run, "compare": _compare, "plot": _plot}
+def _prove(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from benchmarks import prove
+
+    if arguments.list:
+        print("\n".join(part.name for part in prove.parts(arguments.part)))
+        return 0
+    if not torch.cuda.is_available():
+        raise InputError("prove needs a CUDA GPU that PyTorch can use; `fastldm env` says what is there")
+    return prove.run(arguments.out, arguments.part, again=arguments.again)
+
+
+_COMMANDS = {"run": _run, "compare": _compare, "tune": _tune, "plot": _plot, "prove": _prove}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -31,25 +30,50 @@ Key = Mapping[str, str | int | bool]
 FOLDER = Path(__file__).resolve().parents[1]
 _NAME = re.compile(r"sm_(\d+)-triton-(\d+)\.(\d+)\.json")
 
-# (op, kernel) -> the configuration to use instead; and the calls of `choose` in a context.
-_forced: ContextVar[Mapping[tuple[str, str], NamedTuple] | None] = ContextVar("forced", default=None)
-_seen: ContextVar[list[tuple[str, str, dict]] | None] = ContextVar("seen", default=None)
+
+class Choice(NamedTuple):
+    """A call of `choose`: what was chosen, and what else is worth measuring."""
+
+    op: str
+    kernel: str
+    key: dict[str, str | int | bool]
+    chosen: NamedTuple
+    candidates: tuple[NamedTuple, ...]
+
+
+# For the whole process, as the backward of CUDA tensors runs in a thread of PyTorch's own: {(op, kernel): the
+# configuration to use instead}, and who lists the calls of `choose`.
+_forced: dict[tuple[str, str], NamedTuple] = {}
+_watchers: list[list[Choice]] = []
 
 
 def choose(
-    op: str, kernel: str, key: Key, target: Target, make: type[Config], heuristic: Callable[[], Config]
+    op: str,
+    kernel: str,
+    key: Key,
+    target: Target,
+    make: type[Config],
+    heuristic: Callable[[], Config],
+    candidates: Callable[[], Iterable[Config]],
 ) -> Config:
-    """The configuration of `kernel` of `op` for what `key` says of the problem, on `target`."""
-    seen, forced = _seen.get(), _forced.get()
-    if seen is not None:
-        seen.append((op, kernel, dict(key)))
-    if forced is not None and (op, kernel) in forced:
-        return forced[op, kernel]
-    measured = entries(op, target.capability).get((kernel, _frozen(key)))
+    """The configuration of `kernel` of `op` for what `key` says of the problem, on `target`.
+
+    `candidates` gives what `python -m benchmarks tune` times for such a problem.
+    """
+    config = _choose(op, kernel, key, target, make, heuristic)
+    for calls in _watchers:
+        calls.append(Choice(op, kernel, dict(key), config, tuple(dict.fromkeys(candidates()))))
+    return config
+
+
+def _choose(op, kernel, key, target, make, heuristic):
+    if (op, kernel) in _forced:
+        return _forced[op, kernel]
+    measured = entries(op, target.capability).get((kernel, frozen(key)))
     return heuristic() if measured is None else make(**measured)
 
 
-def _frozen(key: Key) -> tuple:
+def frozen(key: Key) -> tuple:
     return tuple(sorted(key.items()))
 
 
@@ -76,25 +100,27 @@ def entries(op: str, capability: int) -> dict[tuple[str, tuple], dict]:
     if not usable:
         return {}
     table = json.loads(found[max(usable)].read_text(encoding="utf-8"))
-    return {(e["kernel"], _frozen(e["key"])): e["config"] for e in table["entries"]}
+    return {(e["kernel"], frozen(e["key"])): e["config"] for e in table["entries"]}
 
 
 @contextmanager
 def forcing(op: str, kernel: str, config: NamedTuple) -> Iterator[None]:
-    """`choose` returns `config` for this kernel: for tuning and for tests."""
-    token = _forced.set({**(_forced.get() or {}), (op, kernel): config})
+    """`choose` returns `config` for this kernel, in every thread: for tuning and for tests."""
+    before = dict(_forced)
+    _forced[op, kernel] = config
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.clear()
+        _forced.update(before)
 
 
 @contextmanager
-def watching() -> Iterator[list[tuple[str, str, dict]]]:
-    """Lists (op, kernel, key) of every `choose` in the context."""
-    calls: list[tuple[str, str, dict]] = []
-    token = _seen.set(calls)
+def watching() -> Iterator[list[Choice]]:
+    """Lists every call of `choose`, in any thread."""
+    calls: list[Choice] = []
+    _watchers.append(calls)
     try:
         yield calls
     finally:
-        _seen.reset(token)
+        _watchers[:] = [other for other in _watchers if other is not calls]
