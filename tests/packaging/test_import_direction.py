@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "implementation": BASE,
     "reference": BASE | {"implementation"},
     "kernels": BASE | {"implementation"},
-    "native": BASE | {"implementation"},
+    "native": BASE | {"implementation", "kernels"},
     "eager": BASE | {"implementation", "reference"},
     "dispatch": BASE | KERNELS,
     "ops": BASE | {"dispatch"},
