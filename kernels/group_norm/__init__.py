@@ -8,10 +8,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common.support import refuse
+from .backward import backward, plan_backward
 from .forward import forward, plan_forward
 from .problem import MAX_CHANNELS_PER_GROUP
 
-__all__ = ["forward", "plan_forward", "supports", "supports_backward"]
+__all__ = ["backward", "forward", "plan_backward", "plan_forward", "supports", "supports_backward"]
 
 
 def supports(x: Tensor, num_groups: int, *args) -> str | None:

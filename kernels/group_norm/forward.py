@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..common.launch import Launch, ceil_div, next_power_of_two
 from ..common.layout import laid_out_as
+from ..common.rounding import rounded_to
 from ..common.target import Target, target_of
 from .configs import choose_forward
 from .problem import describe, float32_like, parameters, sizes
@@ -123,7 +124,7 @@ def _normalize_chunk(
         # Nobody needs x again: it should not push what is still to be read out of the cache.
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
         y = _activated(x.to(tl.float32), channel_bias, pivot_c, rest_c, slope, offset, SILU)
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + offsets, rounded_to(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -210,7 +211,7 @@ def _one_program(
 
     if RESIDENT:
         y = _activated(x, channel_bias, pivot_c, rest_c, slope, offset, SILU)
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + offsets, rounded_to(y, y_ptr.dtype.element_ty), mask=mask)
     else:
         _normalize_chunk(
             x_ptr,
