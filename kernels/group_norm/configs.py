@@ -8,7 +8,8 @@ had). What the numbers below aim at:
   thread and two or more programs of 8 warps on each;
 - few idle lanes: channels are padded to a power of two, so neighbouring groups go together where that fits
   better (3 groups of 10 fill 30 of 32 lanes, one group 10 of 16);
-- few launches: what one program can hold or keep in its L1 cache is done in one.
+- few launches: what one program can hold or keep in its L1 cache is done in one;
+- otherwise eight programs for each multiprocessor, so that the last ones to end leave little idle.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class Config(NamedTuple):
     num_warps: int
 
 
-# Lanes that a program keeps in registers (with the gradient beside x, half of them), and of a tile in a loop.
-RESIDENT_LANES = {"forward": 16384, "backward": 8192}
-SWEEP_LANES = 8192
-SPLIT_LANES = 4096
+# Lanes that a program of 16 warps keeps in its registers without spilling, and lanes of a tile in a loop.
+RESIDENT_LANES = 16384
+SWEEP_LANES = {"forward": 8192, "backward": 4096}
+SPLIT_LANES = {"forward": 4096, "backward": 2048}
 # Bytes of a slab that a multiprocessor reads twice itself rather than a second kernel read it again: about
 # what the L1 cache keeps, and at some 90 GB/s per multiprocessor no more time than a launch takes.
 SWEEP_BYTES = 128 << 10
@@ -70,14 +71,20 @@ def key(problem: Problem) -> dict[str, int | bool]:
 
 
 def heuristic(problem: Problem, target: Target, direction: str) -> Config:
-    return _resident(problem, target, direction) or _sweep(problem, target) or _split(problem, target)
+    return (
+        _resident(problem, target, direction)
+        or _sweep(problem, direction)
+        or _split(problem, target, direction)
+    )
 
 
 def _resident(problem: Problem, target: Target, direction: str) -> Config | None:
     pixels = next_power_of_two(problem.pixels)
     groups = _groups_of_a_row(problem, ROW_BYTES // 2)
     lanes = problem.block_channels(groups) * pixels
-    if lanes > RESIDENT_LANES[direction]:
+    # Where the pixels are in vectors of 16 bits, the forward has registers left for twice as many.
+    twice = direction == "forward" and not problem.channels_last and problem.itemsize == 2
+    if lanes > RESIDENT_LANES * (1 + twice):
         return None
     # Tiny slabs go together, as long as every multiprocessor still has several programs.
     while (
@@ -91,25 +98,28 @@ def _resident(problem: Problem, target: Target, direction: str) -> Config | None
     return Config("resident", groups, pixels, 1, min(16, max(1, lanes // per_warp)))
 
 
-def _sweep(problem: Problem, target: Target) -> Config | None:
+def _sweep(problem: Problem, direction: str) -> Config | None:
     groups = _groups_of_a_row(problem, ROW_BYTES)
     slab = groups * problem.channels_per_group * problem.pixels * problem.itemsize
     if slab > SWEEP_BYTES:
         return None
-    return Config("sweep", groups, _block_pixels(problem, groups, SWEEP_LANES), 1, 16)
+    return Config("sweep", groups, _block_pixels(problem, groups, SWEEP_LANES[direction]), 1, 16)
 
 
-def _split(problem: Problem, target: Target) -> Config:
-    groups = _groups_that_fill(problem)
-    block_pixels = _block_pixels(problem, groups, SPLIT_LANES)
+def _split(problem: Problem, target: Target, direction: str) -> Config:
+    groups = _groups_that_fill(problem, target)
+    block_pixels = _block_pixels(problem, groups, SPLIT_LANES[direction])
     programs = problem.batch * problem.blocks(groups)
-    # Four programs of 8 warps for each multiprocessor. But each reads the partial sums of all, 12 bytes: no
-    # more of them than a fourth of what it reads of x.
-    wanted = ceil_div(4 * target.multiprocessors, programs)
-    row = problem.pixels * problem.channels_per_group * problem.itemsize
-    most = max(2, int((row / (4 * 12)) ** 0.5))
-    chunks = max(2, min(wanted, most, ceil_div(problem.pixels, block_pixels)))
+    wanted = 8 * target.multiprocessors // programs
+    chunks = max(2, min(wanted, _most_chunks(problem), ceil_div(problem.pixels, block_pixels)))
     return Config("split", groups, block_pixels, chunks, 8)
+
+
+def _most_chunks(problem: Problem) -> int:
+    """Each program of a forward reads the partial sums of all chunks, 12 bytes a group: no more of them than a
+    fourth of what it reads of x."""
+    row = problem.pixels * problem.channels_per_group * problem.itemsize
+    return max(2, int((row / (4 * 12)) ** 0.5))
 
 
 def _block_pixels(problem: Problem, groups: int, lanes: int) -> int:
@@ -123,17 +133,20 @@ def _groups_of_a_row(problem: Problem, least: int) -> int:
     return min(problem.num_groups, ceil_div(least, problem.channels_per_group * problem.itemsize))
 
 
-def _groups_that_fill(problem: Problem) -> int:
+def _groups_that_fill(problem: Problem, target: Target) -> int:
     """The number of groups that leaves fewest lanes idle within 64 channels (channels last: 128, with rows of at
-    least 128 bytes that vectors divide); the smaller one on a tie."""
+    least 64 bytes that vectors divide), among those that give every multiprocessor two programs; the smaller
+    one on a tie."""
     limit = 128 if problem.channels_last else 64
-    least = _groups_of_a_row(problem, 2 * ROW_BYTES)
+    least = _groups_of_a_row(problem, ROW_BYTES)
 
     def cost(groups: int) -> float:
         lanes = problem.blocks(groups) * problem.block_channels(groups)
         vector = gcd(groups * problem.channels_per_group * problem.itemsize, 16)
         narrow = problem.channels_last and vector < 16
-        return lanes / problem.channels * (1.0 if not narrow else 1.0 + 2.0 / vector)
+        programs = problem.batch * problem.blocks(groups) * _most_chunks(problem)
+        empty = max(1.0, 2 * target.multiprocessors / programs)
+        return lanes / problem.channels * empty * (1.0 if not narrow else 1.0 + 2.0 / vector)
 
     fitting = [g for g in range(least, problem.num_groups + 1) if problem.block_channels(g) <= limit]
     return min(fitting or [least], key=cost)
@@ -156,7 +169,7 @@ def _candidates(direction: str, problem: Problem, target: Target) -> Iterator[Co
             lanes = problem.block_channels(resident.groups) * resident.block_pixels
             if 4 <= lanes // (32 * num_warps) <= (64 if direction == "forward" else 32):
                 yield resident._replace(num_warps=num_warps)
-    split = _split(problem, target)
+    split = _split(problem, target, direction)
     for groups in {split.groups, _groups_of_a_row(problem, ROW_BYTES)}:
         for lanes in (2048, 4096, 8192):
             block_pixels = _block_pixels(problem, groups, lanes)

@@ -338,7 +338,7 @@ def _normalize(
     pivots = tl.load(where, mask=valid, other=0.0)
     rests = tl.load(where + chunks, mask=valid, other=0.0)
     spreads = tl.load(where + 2 * chunks, mask=valid, other=0.0)
-    chunk_pixels = (chunk_tiles * BLOCK_P).to(tl.int64)
+    chunk_pixels = tl.zeros([], tl.int64) + chunk_tiles * BLOCK_P
     counts = CPG * tl.minimum(pixels - each * chunk_pixels, chunk_pixels)[None, :].to(tl.float32)
     count = tl.full([BLOCK_G], CPG, tl.float32) * pixels
     means = tl.where(valid, (pivots - pivot[:, None]) + rests, 0.0)
