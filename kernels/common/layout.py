@@ -36,6 +36,11 @@ def _innermost_is_channels(x: Tensor) -> bool:
 
 
 def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, of the shape of `like`, with the strides of `torch.empty_like(like)`; copies if it must."""
+    """`tensor`, of the shape of `like`, with the strides of `torch.empty_like(like)`; copies if it must.
+
+    One of the two has to be dense.
+    """
+    if tensor.stride() == like.stride():
+        return tensor
     wanted = torch.empty_like(like, dtype=tensor.dtype)
     return tensor if tensor.stride() == wanted.stride() else wanted.copy_(tensor)

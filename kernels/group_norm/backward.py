@@ -40,6 +40,7 @@ from .tile import (
     block_groups,
     channel_values,
     membership,
+    pixel_count,
     sigmoid,
     tile_offsets,
     to_channels,
@@ -236,7 +237,7 @@ def _one_program(
     BLOCKS: tl.constexpr = (NUM_GROUPS + GROUPS - 1) // GROUPS
     block = tl.program_id(0) % BLOCKS
     n = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    pixels = tl.zeros([], tl.int64) + pixel_units * UNIT
+    pixels = pixel_count(pixel_units, UNIT)
     grad_ptr += n * CHANNELS * pixels
     x_ptr += n * CHANNELS * pixels
     channel, exists = block_channels(block, NUM_GROUPS, CPG, GROUPS, BLOCK_C)
@@ -367,7 +368,7 @@ def _sums(
     """
     CHANNELS: tl.constexpr = NUM_GROUPS * CPG
     BLOCKS: tl.constexpr = (NUM_GROUPS + GROUPS - 1) // GROUPS
-    pixels = pixel_units * UNIT
+    pixels = pixel_count(pixel_units, UNIT)
     block = tl.program_id(0) % BLOCKS
     chunk = (tl.program_id(0) // BLOCKS) % chunks
     n = (tl.program_id(0) // BLOCKS // chunks).to(tl.int64)
@@ -458,7 +459,7 @@ def _coefficients(
         channel,
         exists,
         n,
-        tl.zeros([], tl.int64) + pixel_units * UNIT,
+        pixel_count(pixel_units, UNIT),
         sums_ptr,
         dchannel_bias_ptr,
         dscale_ptr,
@@ -505,7 +506,7 @@ def _dx(
     """dx of a chunk. Grid: that of `_sums`, backwards, so that what is still in the L2 cache is read first."""
     CHANNELS: tl.constexpr = NUM_GROUPS * CPG
     BLOCKS: tl.constexpr = (NUM_GROUPS + GROUPS - 1) // GROUPS
-    pixels = pixel_units * UNIT
+    pixels = pixel_count(pixel_units, UNIT)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     block = program % BLOCKS
     chunk = (program // BLOCKS) % chunks

@@ -15,6 +15,7 @@ had). What the numbers below aim at:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ class Config(NamedTuple):
 
 # Lanes that a program of 16 warps keeps in its registers without spilling, and lanes of a tile in a loop.
 RESIDENT_LANES = 16384
-SWEEP_LANES = {"forward": 8192, "backward": 4096}
+SWEEP_LANES = {"forward": 16384, "backward": 8192}
 SPLIT_LANES = {"forward": 4096, "backward": 2048}
 # Bytes of a slab that a multiprocessor reads twice itself rather than a second kernel read it again: about
 # what the L1 cache keeps, and at some 90 GB/s per multiprocessor no more time than a launch takes.
@@ -70,6 +71,7 @@ def key(problem: Problem) -> dict[str, int | bool]:
     }
 
 
+@lru_cache(maxsize=4096)
 def heuristic(problem: Problem, target: Target, direction: str) -> Config:
     return (
         _resident(problem, target, direction)

@@ -35,6 +35,7 @@ from .tile import (
     block_groups,
     channel_values,
     membership,
+    pixel_count,
     sigmoid,
     tile_offsets,
     tile_to_groups,
@@ -157,7 +158,7 @@ def _one_program(
     """Whole slabs of GROUPS groups; grid: blocks of groups, fastest, by samples."""
     CHANNELS: tl.constexpr = NUM_GROUPS * CPG
     BLOCKS: tl.constexpr = (NUM_GROUPS + GROUPS - 1) // GROUPS
-    pixels = pixel_units * UNIT
+    pixels = pixel_count(pixel_units, UNIT)
     block = tl.program_id(0) % BLOCKS
     n = (tl.program_id(0) // BLOCKS).to(tl.int64)
     x_ptr += n * CHANNELS * pixels
@@ -257,7 +258,7 @@ def _statistics(
     """
     CHANNELS: tl.constexpr = NUM_GROUPS * CPG
     BLOCKS: tl.constexpr = (NUM_GROUPS + GROUPS - 1) // GROUPS
-    pixels = pixel_units * UNIT
+    pixels = pixel_count(pixel_units, UNIT)
     block = tl.program_id(0) % BLOCKS
     chunk = (tl.program_id(0) // BLOCKS) % chunks
     n = (tl.program_id(0) // BLOCKS // chunks).to(tl.int64)
@@ -322,7 +323,7 @@ def _normalize(
     backwards."""
     CHANNELS: tl.constexpr = NUM_GROUPS * CPG
     BLOCKS: tl.constexpr = (NUM_GROUPS + GROUPS - 1) // GROUPS
-    pixels = pixel_units * UNIT
+    pixels = pixel_count(pixel_units, UNIT)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     block = program % BLOCKS
     chunk = (program // BLOCKS) % chunks

@@ -31,6 +31,12 @@ def block_groups(block, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G:
 
 
 @triton.jit
+def pixel_count(pixel_units, UNIT: tl.constexpr):
+    """Pixels of a channel, int64. (Written so that it compiles where Triton makes `pixel_units` a constant.)"""
+    return pixel_units * tl.full([], UNIT, tl.int64)
+
+
+@triton.jit
 def membership(CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
     return (tl.arange(0, BLOCK_C) // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
 
