@@ -15,8 +15,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "
 def rounded_to(value, dtype: tl.constexpr):
     """float32 to `dtype`, to nearest and even on ties.
 
-    Compiled code always does; Triton's interpreter cuts bfloat16 off instead, an error of up to a whole unit in
-    the last place. There integers do the rounding, and the cut finds nothing left.
+    Compiled code always does; Triton's interpreter cuts bfloat16 off instead, an error of up to a whole unit
+    in the last place. There integers do the rounding, and the cut finds nothing left.
     """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)

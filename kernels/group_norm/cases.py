@@ -1,4 +1,4 @@
-"""Launches to compile ahead of time: what the heuristic and the tables choose, from tensors without memory."""
+"""Launches to compile ahead of time, from tensors without memory: what heuristic and tables choose."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def aot_launches(
         signature = _signature(launch)
         if signature not in seen:
             seen.add(signature)
-            yield f"{name}-{launch.kernel.__name__.strip('_')}", launch
+            yield f"{name}-{launch.kernel.__name__}", launch
 
 
 def _signature(launch: Launch) -> tuple:
-    """What Triton compiles anew for: dtypes, constants, and of a number whether it is 1 or a multiple of 16."""
+    """What Triton compiles anew for: dtypes, constants, and whether a number is 1 or a multiple of 16."""
 
     def kind(name: str, value):
         if isinstance(value, Tensor):

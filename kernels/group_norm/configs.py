@@ -1,7 +1,7 @@
 """How group norm is cut into programs, from the sizes alone or from a measured table.
 
-The floor is memory traffic: bytes read and written over the bandwidth (H200: 4.8 TB/s on paper, about 4.0 to be
-had). What the numbers below aim at:
+The floor is memory traffic: bytes read and written over the bandwidth (H200: 4.8 TB/s on paper, about 4.0 to
+be had). What the numbers below aim at:
 
 - 16-byte accesses: 8 elements of 16 bits (4 of 32) a thread, along the pixels or along the channels;
 - enough bytes on their way: 4.8 TB/s times about 700 ns is 3.4 MB, 25 KB per multiprocessor, so 16 elements a
@@ -105,7 +105,11 @@ def _sweep(problem: Problem, direction: str) -> Config | None:
     slab = groups * problem.channels_per_group * problem.pixels * problem.itemsize
     if slab > SWEEP_BYTES:
         return None
-    return Config("sweep", groups, _block_pixels(problem, groups, SWEEP_LANES[direction]), 1, 16)
+    lanes = SWEEP_LANES[direction]
+    if direction == "backward" and problem.channels_last:
+        # A vector of channels brings a vector of each parameter with it.
+        lanes //= 2
+    return Config("sweep", groups, _block_pixels(problem, groups, lanes), 1, 16)
 
 
 def _split(problem: Problem, target: Target, direction: str) -> Config:
@@ -118,8 +122,8 @@ def _split(problem: Problem, target: Target, direction: str) -> Config:
 
 
 def _most_chunks(problem: Problem) -> int:
-    """Each program of a forward reads the partial sums of all chunks, 12 bytes a group: no more of them than a
-    fourth of what it reads of x."""
+    """Each program of a forward reads the partial sums of all chunks, 12 bytes a group: no more of them than
+    a fourth of what it reads of x."""
     row = problem.pixels * problem.channels_per_group * problem.itemsize
     return max(2, int((row / (4 * 12)) ** 0.5))
 
@@ -136,9 +140,9 @@ def _groups_of_a_row(problem: Problem, least: int) -> int:
 
 
 def _groups_that_fill(problem: Problem, target: Target) -> int:
-    """The number of groups that leaves fewest lanes idle within 64 channels (channels last: 128, with rows of at
-    least 64 bytes that vectors divide), among those that give every multiprocessor two programs; the smaller
-    one on a tie."""
+    """The number of groups that leaves fewest lanes idle within 64 channels (channels last: 128, with rows of
+    at least 64 bytes that vectors divide), among those that give every multiprocessor two programs; the
+    smaller one on a tie."""
     limit = 128 if problem.channels_last else 64
     least = _groups_of_a_row(problem, ROW_BYTES)
 

@@ -1,9 +1,9 @@
 """What the group norm kernels share on the device.
 
-A tile is [BLOCK_C channels, BLOCK_P pixels]: the channels of GROUPS whole neighbouring groups, with masked lanes
-up to the next power of two, in either layout. Channels and groups exchange values by membership, a small 0/1
-matrix [BLOCK_C, BLOCK_G], since CPG (channels per group) is rarely a power of two. `where`, not a product, keeps
-a NaN in its group.
+A tile is [BLOCK_C channels, BLOCK_P pixels]: the channels of GROUPS whole neighbouring groups, with masked
+lanes up to the next power of two, in either layout. Channels and groups exchange values by membership, a
+small 0/1 matrix [BLOCK_C, BLOCK_G], since CPG (channels per group) is rarely a power of two. `where`, not a
+product, keeps a NaN in its group.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def block_groups(block, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G:
 
 @triton.jit
 def pixel_count(pixel_units, UNIT: tl.constexpr):
-    """Pixels of a channel, int64. (Written so that it compiles where Triton makes `pixel_units` a constant.)"""
+    """Pixels of a channel, int64; also where Triton makes `pixel_units` a constant, because it is 1."""
     return pixel_units * tl.full([], UNIT, tl.int64)
 
 
