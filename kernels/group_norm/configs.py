@@ -84,8 +84,9 @@ def _resident(problem: Problem, target: Target, direction: str) -> Config | None
     pixels = next_power_of_two(problem.pixels)
     groups = _groups_of_a_row(problem, ROW_BYTES // 2)
     lanes = problem.block_channels(groups) * pixels
-    # Where the pixels are in vectors of 16 bits, the forward has registers left for twice as many.
-    twice = direction == "forward" and not problem.channels_last and problem.itemsize == 2
+    # Where the pixels are in whole vectors of 16 bits, the forward has registers left for twice as many.
+    in_vectors = not problem.channels_last and problem.itemsize == 2 and problem.pixels % 8 == 0
+    twice = direction == "forward" and in_vectors
     if lanes > RESIDENT_LANES * (1 + twice):
         return None
     # Tiny slabs go together, as long as every multiprocessor still has several programs.

@@ -211,7 +211,7 @@ def calls(draw):
     return inputs, num_groups, draw(st.sampled_from([None, "silu"])), config
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(calls())
 def test_any_call(call):
     inputs, num_groups, activation, config = call
