@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastldm.implementation import Implementation, in_layout_of
+from fastldm.kernels.common.layout import dense_layout
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,32 +29,6 @@ def _supports_backward(grad, x, *args) -> str | None:
     return _supports(x)
 
 
-def _dense(x: Tensor) -> tuple[Tensor, bool]:
-    """x, or a copy of it, in one of the two layouts, and whether that is the one with the channels last.
-
-    The kernels trust what this says.
-    """
-    if x.is_contiguous():
-        return x, False
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x, True
-    channels_last = _innermost_is_channels(x)
-    # Pixels in any order, as long as they are dense: sorted by stride, they have to be contiguous.
-    order = sorted(range(2, x.dim()), key=lambda dim: x.stride(dim), reverse=True)
-    order = (0, *order, 1) if channels_last else (0, 1, *order)
-    if x.permute(order).is_contiguous():
-        return x, channels_last
-    if channels_last:
-        return x.movedim(1, -1).contiguous().movedim(-1, 1), True
-    return x.contiguous(), False
-
-
-def _innermost_is_channels(x: Tensor) -> bool:
-    return x.shape[1] > 1 and all(
-        x.stride(1) <= x.stride(dim) for dim in range(2, x.dim()) if x.shape[dim] > 1
-    )
-
-
 def _float32(parameter: Tensor | None) -> Tensor | None:
     if parameter is None or (parameter.dtype is torch.float32 and parameter.is_contiguous()):
         return parameter
@@ -61,7 +36,7 @@ def _float32(parameter: Tensor | None) -> Tensor | None:
 
 
 def _forward(kernel, x, num_groups, weight, bias, eps, activation, channel_bias, scale, shift):
-    dense, channels_last = _dense(x)
+    dense, channels_last = dense_layout(x)
     y = torch.empty_like(dense)
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -86,7 +61,7 @@ def _forward(kernel, x, num_groups, weight, bias, eps, activation, channel_bias,
 def _backward(
     kernel, grad, x, mean, rstd, num_groups, weight, bias, eps, activation, channel_bias, scale, shift, needed
 ):
-    dense, channels_last = _dense(x)
+    dense, channels_last = dense_layout(x)
     parameters = (weight, bias, channel_bias, scale, shift)
     grad_x = torch.empty_like(dense) if needed[0] else None
     grads = [

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "processor": BASE,
     "reference": BASE | {"implementation"},
     "kernels": BASE | {"implementation"},
-    "native": BASE | {"implementation", "processor"},
+    "native": BASE | {"implementation", "kernels", "processor"},
     "eager": BASE | {"implementation", "processor", "reference"},
     "dispatch": BASE | KERNELS,
     "ops": BASE | {"dispatch"},
