@@ -1,0 +1,29 @@
+"""Attention in Triton. Contract: fastldm/ops/attention.py; maths: kernels/README.md."""
+
+from __future__ import annotations
+
+import os
+
+from ..common.target import target_of
+from .forward import plan_forward
+from .problem import dense_last, in_layout_of, problem_of, supports_call
+
+__all__ = ["forward", "supports"]
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def supports(q, k, v, attn_mask, is_causal, scale, need_lse) -> str | None:
+    return supports_call(q, _interpreted())
+
+
+def forward(q, k, v, attn_mask, is_causal, scale, need_lse):
+    problem = problem_of(q, k, attn_mask, is_causal, scale)
+    launches, out, lse = plan_forward(
+        dense_last(q), dense_last(k), dense_last(v), problem, need_lse, target_of(q.device)
+    )
+    for launch in launches:
+        launch.run()
+    return in_layout_of(out, q), lse

@@ -1,0 +1,330 @@
+"""Attention backward without atomics (FlashAttention-2, arXiv 2307.08691, algorithm 2, with dQ in a pass of its own).
+
+With P = softmax(scores) and g the gradient of out:
+    dv = P^T g,   dP = g v^T,   dS = P * (dP - delta),   dq = scale * dS k,   dk = scale * dS^T q
+`statistics_kernel` finds per query what P and dS take: P = exp(score - reference) * factor, delta = sum(P * dP) =
+sum(g * out). Then `key_kernel` walks the queries for a tile of keys and `query_kernel` the keys for a tile of
+queries; both compute the scores again. Every sum has a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common.launch import Launch, ceil_div
+from . import configs
+from .problem import Problem, result_like, strides
+from .tiles import INFINITY, inner, load_tile, masked, outer, rounded, scale_rows, store_tile, zeros
+
+_INTEGERS = [
+    *("heads", "queries", "keys", "tiles"),
+    *("stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn"),
+    *("stride_vb", "stride_vh", "stride_vn", "stride_gb", "stride_gh", "stride_gm"),
+    *("stride_mb", "stride_mh", "stride_mm"),
+]
+
+
+@triton.jit(do_not_specialize=[*_INTEGERS, "stride_ob", "stride_oh", "stride_om"])
+def statistics_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    out_ptr,
+    g_ptr,
+    lse_ptr,
+    statistics_ptr,
+    scale,
+    unit,
+    heads,
+    queries,
+    keys,
+    tiles,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_gb,
+    stride_gh,
+    stride_gm,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    NEGATE: tl.constexpr,
+    MASK: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LARGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Writes reference, factor and delta, statistics (3, B, H, Sq). Grid: query tiles x batch x heads.
+
+    reference is lse and factor 1, except where |lse| > LARGE: there exp(score - lse) has lost bits to the rounding
+    of lse, all of them where a finite mask of -1e9 covers a row, and the largest score, one over the sum of
+    exp(score - largest) and delta are found from the scores.
+    """
+    program = tl.program_id(0)
+    tile = program % tiles
+    both = program // tiles
+    batch, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < queries
+    out = out_ptr + batch * (stride_ob * ALIGN) + head * (stride_oh * ALIGN)
+    g = g_ptr + batch * (stride_gb * ALIGN) + head * (stride_gh * ALIGN)
+    places = both.to(tl.int64) * queries + rows
+
+    g0, g1, g2 = load_tile(g, rows, queries, stride_gm * ALIGN, D0, D1, D2, HEAD_DIM, True)
+    o0, o1, o2 = load_tile(out, rows, queries, stride_om * ALIGN, D0, D1, D2, HEAD_DIM, True)
+    delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
+    if D1 > 0:
+        delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
+    if D2 > 0:
+        delta += tl.sum(g2.to(tl.float32) * o2.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + places, mask=inside, other=0.0)
+    reference = lse
+    if not BIAS:
+        reference = lse / scale
+    # A row with every key closed: exp(-inf - inf) is 0, exp(-inf + inf) would be NaN.
+    reference = tl.where(lse == -INFINITY, INFINITY, reference)
+    factor = tl.full([BLOCK_M], 1.0, tl.float32)
+
+    large = (tl.abs(lse) > LARGE) & (lse != -INFINITY)
+    if tl.max(large.to(tl.int32), 0) > 0:
+        q = q_ptr + batch * (stride_qb * ALIGN) + head * (stride_qh * ALIGN)
+        k = k_ptr + batch * (stride_kb * ALIGN) + head * (stride_kh * ALIGN)
+        v = v_ptr + batch * (stride_vb * ALIGN) + head * (stride_vh * ALIGN)
+        mask = mask_ptr
+        if MASK != "none":
+            mask = mask_ptr + batch * stride_mb + head * stride_mh
+        q0, q1, q2 = load_tile(q, rows, queries, stride_qm * ALIGN, D0, D1, D2, HEAD_DIM, True)
+        top = tl.full([BLOCK_M], -INFINITY, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        weighted = tl.zeros([BLOCK_M], tl.float32)
+        for start in range(0, keys, BLOCK_N):
+            columns = start + tl.arange(0, BLOCK_N)
+            k0, k1, k2 = load_tile(k, columns, keys, stride_kn * ALIGN, D0, D1, D2, HEAD_DIM, True)
+            s = masked(
+                inner(q0, q1, q2, k0, k1, k2, D1, D2), rows[:, None], columns[None, :], queries, keys, mask,
+                stride_mm, stride_mn, scale, NEGATE, MASK, BIAS, CAUSAL, True,
+            )  # fmt: skip
+            new_top = tl.maximum(top, tl.max(s, 1))
+            base = tl.where(new_top == -INFINITY, 0.0, new_top)
+            p = tl.exp2((s - base[:, None]) * unit)
+            shrink = tl.exp2((top - base) * unit)
+            v0, v1, v2 = load_tile(v, columns, keys, stride_vn * ALIGN, D0, D1, D2, HEAD_DIM, True)
+            dp = inner(g0, g1, g2, v0, v1, v2, D1, D2)
+            total = total * shrink + tl.sum(p, 1)
+            weighted = weighted * shrink + tl.sum(tl.where(p == 0.0, 0.0, p * dp), 1)
+            top = new_top
+        reference = tl.where(large, top, reference)
+        factor = tl.where(large, 1.0 / total, factor)
+        delta = tl.where(large, weighted / total, delta)
+
+    per_kind = (tl.num_programs(0) // tiles).to(tl.int64) * queries
+    tl.store(statistics_ptr + places, reference, mask=inside)
+    tl.store(statistics_ptr + per_kind + places, factor, mask=inside)
+    tl.store(statistics_ptr + 2 * per_kind + places, delta, mask=inside)
+
+
+@triton.jit
+def load_statistics(statistics, per_kind, rows, queries):
+    """reference, factor and delta; such that P and dS are 0 past the end."""
+    inside = rows < queries
+    reference = tl.load(statistics + rows, mask=inside, other=INFINITY)
+    factor = tl.load(statistics + per_kind + rows, mask=inside, other=0.0)
+    delta = tl.load(statistics + 2 * per_kind + rows, mask=inside, other=0.0)
+    return reference, factor, delta
+
+
+@triton.jit
+def score_gradients(p, dp, delta, MASK: tl.constexpr):
+    """dS. What stands where a key is closed may have made dP infinite."""
+    ds = p * (dp - delta)
+    if MASK != "none":
+        ds = tl.where(p == 0.0, 0.0, ds)
+    return ds
+
+
+@triton.jit
+def add_queries(
+    k0,
+    k1,
+    k2,
+    v0,
+    v1,
+    v2,
+    dk0,
+    dk1,
+    dk2,
+    dv0,
+    dv1,
+    dv2,
+    columns,
+    start,
+    queries,
+    keys,
+    q,
+    g,
+    stride_qm,
+    stride_gm,
+    statistics,
+    per_kind,
+    mask,
+    stride_mm,
+    stride_mn,
+    scale,
+    unit,
+    BLOCK_M: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NEGATE: tl.constexpr,
+    MASK: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WANT_K: tl.constexpr,
+    WANT_V: tl.constexpr,
+):
+    """What a tile of queries from `start` on gives to dk and dv; scores are transposed, [keys, queries]."""
+    rows = start + tl.arange(0, BLOCK_M)
+    q0, q1, q2 = load_tile(q, rows, queries, stride_qm, D0, D1, D2, HEAD_DIM, True)
+    g0, g1, g2 = load_tile(g, rows, queries, stride_gm, D0, D1, D2, HEAD_DIM, True)
+    reference, factor, delta = load_statistics(statistics, per_kind, rows, queries)
+    s = masked(
+        inner(k0, k1, k2, q0, q1, q2, D1, D2), rows[None, :], columns[:, None], queries, keys, mask,
+        stride_mm, stride_mn, scale, NEGATE, MASK, BIAS, CAUSAL, False,
+    )  # fmt: skip
+    p = tl.exp2((s - reference[None, :]) * unit) * factor[None, :]
+    if WANT_V:
+        dv0, dv1, dv2 = outer(rounded(p, g0.dtype), g0, g1, g2, dv0, dv1, dv2, D1, D2)
+    if WANT_K:
+        dp = inner(v0, v1, v2, g0, g1, g2, D1, D2)
+        ds = score_gradients(p, dp, delta[None, :], MASK)
+        dk0, dk1, dk2 = outer(rounded(ds, q0.dtype), q0, q1, q2, dk0, dk1, dk2, D1, D2)
+    return dk0, dk1, dk2, dv0, dv1, dv2
+
+
+@triton.jit(
+    do_not_specialize=[
+        *_INTEGERS,
+        *("stride_yb", "stride_yh", "stride_yn", "stride_zb", "stride_zh", "stride_zn"),
+    ]
+)
+def key_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    g_ptr,
+    statistics_ptr,
+    dk_ptr,
+    dv_ptr,
+    scale,
+    unit,
+    heads,
+    queries,
+    keys,
+    tiles,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_gb,
+    stride_gh,
+    stride_gm,
+    stride_yb,
+    stride_yh,
+    stride_yn,
+    stride_zb,
+    stride_zh,
+    stride_zn,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    NEGATE: tl.constexpr,
+    MASK: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WANT_K: tl.constexpr,
+    WANT_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dk (strides y), dv (strides z) or both. Grid: key tiles x batch x heads."""
+    program = tl.program_id(0)
+    tile = program % tiles
+    both = program // tiles
+    batch, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
+    q = q_ptr + batch * (stride_qb * ALIGN) + head * (stride_qh * ALIGN)
+    k = k_ptr + batch * (stride_kb * ALIGN) + head * (stride_kh * ALIGN)
+    v = v_ptr + batch * (stride_vb * ALIGN) + head * (stride_vh * ALIGN)
+    g = g_ptr + batch * (stride_gb * ALIGN) + head * (stride_gh * ALIGN)
+    mask = mask_ptr
+    if MASK != "none":
+        mask = mask_ptr + batch * stride_mb + head * stride_mh
+    statistics = statistics_ptr + both.to(tl.int64) * queries
+    per_kind = (tl.num_programs(0) // tiles).to(tl.int64) * queries
+
+    own = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k0, k1, k2 = load_tile(k, own, keys, stride_kn * ALIGN, D0, D1, D2, HEAD_DIM, True)
+    v0, v1, v2 = k0, k1, k2
+    if WANT_K:
+        v0, v1, v2 = load_tile(v, own, keys, stride_vn * ALIGN, D0, D1, D2, HEAD_DIM, True)
+    dk0, dk1, dk2 = zeros(BLOCK_N, D0, D1, D2)
+    dv0, dv1, dv2 = zeros(BLOCK_N, D0, D1, D2)
+    # Rows past the last key take its mask and are not stored.
+    columns = tl.minimum(own, keys - 1)
+
+    first = 0
+    if CAUSAL:
+        # Earlier queries see no key of this tile, those from `first` on all of them.
+        start = tile * BLOCK_N // BLOCK_M * BLOCK_M
+        first = tl.minimum(tl.cdiv((tile + 1) * BLOCK_N, BLOCK_M) * BLOCK_M, tl.cdiv(queries, BLOCK_M) * BLOCK_M)
+        for start in tl.range(start, first, BLOCK_M, num_stages=1):
+            dk0, dk1, dk2, dv0, dv1, dv2 = add_queries(
+                k0, k1, k2, v0, v1, v2, dk0, dk1, dk2, dv0, dv1, dv2, columns, start, queries, keys,
+                q, g, stride_qm * ALIGN, stride_gm * ALIGN, statistics, per_kind, mask, stride_mm, stride_mn,
+                scale, unit, BLOCK_M, D0, D1, D2, HEAD_DIM, NEGATE, MASK, BIAS, True, WANT_K, WANT_V,
+            )  # fmt: skip
+    for start in range(first, queries, BLOCK_M):
+        dk0, dk1, dk2, dv0, dv1, dv2 = add_queries(
+            k0, k1, k2, v0, v1, v2, dk0, dk1, dk2, dv0, dv1, dv2, columns, start, queries, keys,
+            q, g, stride_qm * ALIGN, stride_gm * ALIGN, statistics, per_kind, mask, stride_mm, stride_mn,
+            scale, unit, BLOCK_M, D0, D1, D2, HEAD_DIM, NEGATE, MASK, BIAS, False, WANT_K, WANT_V,
+        )  # fmt: skip
+
+    if WANT_K:
+        factor = tl.full([BLOCK_N], -1.0 if NEGATE else 1.0, tl.float32) * scale
+        dk0, dk1, dk2 = scale_rows(factor, dk0, dk1, dk2, D1, D2)
+        dk = dk_ptr + batch * (stride_yb * ALIGN) + head * (stride_yh * ALIGN)
+        store_tile(dk, dk0, dk1, dk2, own, keys, stride_yn * ALIGN, D0, D1, D2, HEAD_DIM)
+    if WANT_V:
+        dv = dv_ptr + batch * (stride_zb * ALIGN) + head * (stride_zh * ALIGN)
+        store_tile(dv, dv0, dv1, dv2, own, keys, stride_zn * ALIGN, D0, D1, D2, HEAD_DIM)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..common import tables
+from ..common.launch import ceil_div
+from ..common.target import Target
+from .problem import Problem, pieces
+
+OP = "attention"
+
+
+class ForwardConfig(NamedTuple):
+    """BLOCK_M queries by BLOCK_N keys a step."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def forward_key(problem: Problem) -> dict:
+    return {"head_dim": problem.head_dim, "dtype": problem.dtype}
+
+
+def forward(problem: Problem, target: Target) -> ForwardConfig:
+    def heuristic() -> ForwardConfig:
+        width = sum(pieces(problem.head_dim))
+        if problem.dtype == "float32":
+            return ForwardConfig(32, 32, 4, 1)
+        if width <= 96:
+            return ForwardConfig(128, 128, 8, 3)
+        return ForwardConfig(128, 64, 8, 2)
+
+    return tables.choose(OP, "forward", forward_key(problem), target, ForwardConfig, heuristic)
+
+
+def splits(problem: Problem, target: Target, config: ForwardConfig) -> int:
+    programs = ceil_div(problem.queries, config.block_m) * problem.batch * problem.heads
+    key_tiles = ceil_div(problem.keys, config.block_n)
+    return max(1, min(target.multiprocessors // programs, problem.keys // 512, 8, key_tiles))
