@@ -237,6 +237,7 @@ def key_kernel(
     dv_ptr,
     scale,
     unit,
+    grad_scale,
     heads,
     queries,
     keys,
@@ -305,9 +306,9 @@ def key_kernel(
     first = 0
     if CAUSAL:
         # Earlier queries see no key of this tile, those from `first` on all of them.
-        start = tile * BLOCK_N // BLOCK_M * BLOCK_M
+        diagonal = tile * BLOCK_N // BLOCK_M * BLOCK_M
         first = tl.minimum(tl.cdiv((tile + 1) * BLOCK_N, BLOCK_M) * BLOCK_M, tl.cdiv(queries, BLOCK_M) * BLOCK_M)
-        for start in tl.range(start, first, BLOCK_M, num_stages=1):
+        for start in tl.range(diagonal, first, BLOCK_M, num_stages=1):
             dk0, dk1, dk2, dv0, dv1, dv2 = add_queries(
                 k0, k1, k2, v0, v1, v2, dk0, dk1, dk2, dv0, dv1, dv2, columns, start, queries, keys,
                 q, g, stride_qm * ALIGN, stride_gm * ALIGN, statistics, per_kind, mask, stride_mm, stride_mn,
@@ -321,10 +322,231 @@ def key_kernel(
         )  # fmt: skip
 
     if WANT_K:
-        factor = tl.full([BLOCK_N], -1.0 if NEGATE else 1.0, tl.float32) * scale
+        factor = tl.zeros([BLOCK_N], tl.float32) + grad_scale
         dk0, dk1, dk2 = scale_rows(factor, dk0, dk1, dk2, D1, D2)
         dk = dk_ptr + batch * (stride_yb * ALIGN) + head * (stride_yh * ALIGN)
         store_tile(dk, dk0, dk1, dk2, own, keys, stride_yn * ALIGN, D0, D1, D2, HEAD_DIM)
     if WANT_V:
         dv = dv_ptr + batch * (stride_zb * ALIGN) + head * (stride_zh * ALIGN)
         store_tile(dv, dv0, dv1, dv2, own, keys, stride_zn * ALIGN, D0, D1, D2, HEAD_DIM)
+
+
+@triton.jit
+def add_keys(
+    q0,
+    q1,
+    q2,
+    g0,
+    g1,
+    g2,
+    dq0,
+    dq1,
+    dq2,
+    reference,
+    factor,
+    delta,
+    rows,
+    start,
+    queries,
+    keys,
+    k,
+    v,
+    stride_kn,
+    stride_vn,
+    mask,
+    stride_mm,
+    stride_mn,
+    scale,
+    unit,
+    BLOCK_N: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NEGATE: tl.constexpr,
+    MASK: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """What a tile of keys from `start` on gives to dq."""
+    columns = start + tl.arange(0, BLOCK_N)
+    k0, k1, k2 = load_tile(k, columns, keys, stride_kn, D0, D1, D2, HEAD_DIM, EDGE)
+    v0, v1, v2 = load_tile(v, columns, keys, stride_vn, D0, D1, D2, HEAD_DIM, EDGE)
+    s = masked(
+        inner(q0, q1, q2, k0, k1, k2, D1, D2), rows[:, None], columns[None, :], queries, keys, mask,
+        stride_mm, stride_mn, scale, NEGATE, MASK, BIAS, CAUSAL, EDGE,
+    )  # fmt: skip
+    p = tl.exp2((s - reference[:, None]) * unit) * factor[:, None]
+    dp = inner(g0, g1, g2, v0, v1, v2, D1, D2)
+    ds = score_gradients(p, dp, delta[:, None], MASK)
+    return outer(rounded(ds, k0.dtype), k0, k1, k2, dq0, dq1, dq2, D1, D2)
+
+
+@triton.jit(do_not_specialize=[*_INTEGERS, "stride_xb", "stride_xh", "stride_xm"])
+def query_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    g_ptr,
+    statistics_ptr,
+    dq_ptr,
+    scale,
+    unit,
+    grad_scale,
+    heads,
+    queries,
+    keys,
+    tiles,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_gb,
+    stride_gh,
+    stride_gm,
+    stride_xb,
+    stride_xh,
+    stride_xm,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    NEGATE: tl.constexpr,
+    MASK: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq (strides x). Grid: query tiles x batch x heads."""
+    program = tl.program_id(0)
+    tile = program % tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # the longest first
+    both = program // tiles
+    batch, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
+    q = q_ptr + batch * (stride_qb * ALIGN) + head * (stride_qh * ALIGN)
+    k = k_ptr + batch * (stride_kb * ALIGN) + head * (stride_kh * ALIGN)
+    v = v_ptr + batch * (stride_vb * ALIGN) + head * (stride_vh * ALIGN)
+    g = g_ptr + batch * (stride_gb * ALIGN) + head * (stride_gh * ALIGN)
+    mask = mask_ptr
+    if MASK != "none":
+        mask = mask_ptr + batch * stride_mb + head * stride_mh
+    statistics = statistics_ptr + both.to(tl.int64) * queries
+    per_kind = (tl.num_programs(0) // tiles).to(tl.int64) * queries
+
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q0, q1, q2 = load_tile(q, rows, queries, stride_qm * ALIGN, D0, D1, D2, HEAD_DIM, True)
+    g0, g1, g2 = load_tile(g, rows, queries, stride_gm * ALIGN, D0, D1, D2, HEAD_DIM, True)
+    reference, factor, delta = load_statistics(statistics, per_kind, rows, queries)
+    dq0, dq1, dq2 = zeros(BLOCK_M, D0, D1, D2)
+
+    last = keys
+    if CAUSAL:
+        last = tl.minimum(last, (tile + 1) * BLOCK_M)
+    whole = last // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        whole = tl.minimum(whole, (tile * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
+    for start in range(0, whole, BLOCK_N):
+        dq0, dq1, dq2 = add_keys(
+            q0, q1, q2, g0, g1, g2, dq0, dq1, dq2, reference, factor, delta, rows, start, queries, keys,
+            k, v, stride_kn * ALIGN, stride_vn * ALIGN, mask, stride_mm, stride_mn, scale, unit,
+            BLOCK_N, D0, D1, D2, HEAD_DIM, NEGATE, MASK, BIAS, False, False,
+        )  # fmt: skip
+    for start in tl.range(whole, last, BLOCK_N, num_stages=1):
+        dq0, dq1, dq2 = add_keys(
+            q0, q1, q2, g0, g1, g2, dq0, dq1, dq2, reference, factor, delta, rows, start, queries, keys,
+            k, v, stride_kn * ALIGN, stride_vn * ALIGN, mask, stride_mm, stride_mn, scale, unit,
+            BLOCK_N, D0, D1, D2, HEAD_DIM, NEGATE, MASK, BIAS, CAUSAL, True,
+        )  # fmt: skip
+
+    dq0, dq1, dq2 = scale_rows(tl.zeros([BLOCK_M], tl.float32) + grad_scale, dq0, dq1, dq2, D1, D2)
+    dq = dq_ptr + batch * (stride_xb * ALIGN) + head * (stride_xh * ALIGN)
+    store_tile(dq, dq0, dq1, dq2, rows, queries, stride_xm * ALIGN, D0, D1, D2, HEAD_DIM)
+
+
+def plan_backward(grad_out, q, k, v, out, lse, problem: Problem, target) -> tuple[list[Launch], tuple]:
+    """The launches, and dq, dk, dv (of `result_like`) that they write."""
+    batch, heads, queries, _ = q.shape
+    both = batch * heads
+    results = dq, dk, dv = result_like(q), result_like(k), result_like(v)
+    statistics = torch.empty((3, batch, heads, queries), dtype=torch.float32, device=q.device)
+    shared = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "g_ptr": grad_out,
+        "statistics_ptr": statistics,
+        "scale": problem.size,
+        "unit": problem.unit,
+        "heads": heads,
+        "queries": queries,
+        "keys": problem.keys,
+        **problem.mask_arguments(),
+        **problem.constants(),
+    }
+
+    def launch(kernel, name, length, block, **arguments):
+        config = configs.backward(name, problem, target)
+        tiles = ceil_div(length, getattr(config, block))
+        blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        return Launch(
+            kernel,
+            (tiles * both,),
+            {**shared, "tiles": tiles, **arguments, **blocks},
+            config.num_warps,
+            config.num_stages,
+        )
+
+    launches = [
+        launch(
+            statistics_kernel,
+            "statistics",
+            queries,
+            "block_m",
+            out_ptr=out,
+            lse_ptr=lse,
+            LARGE=16.0 if problem.dtype == "float32" else 64.0,
+            **strides(qm=q, kn=k, vn=v, om=out, gm=grad_out),
+        )
+    ]
+    parts = (("keys", True, True),) if configs.fused(problem) else (("keys", True, False), ("keys", False, True))
+    for name, want_k, want_v in parts:
+        launches.append(
+            launch(
+                key_kernel,
+                name,
+                problem.keys,
+                "block_n",
+                dk_ptr=dk,
+                dv_ptr=dv,
+                grad_scale=problem.scale,
+                WANT_K=want_k,
+                WANT_V=want_v,
+                **strides(qm=q, kn=k, vn=v, gm=grad_out, yn=dk, zn=dv),
+            )
+        )
+    launches.append(
+        launch(
+            query_kernel,
+            "queries",
+            queries,
+            "block_m",
+            dq_ptr=dq,
+            grad_scale=problem.scale,
+            **strides(qm=q, kn=k, vn=v, gm=grad_out, xm=dq),
+        )
+    )
+    return launches, results

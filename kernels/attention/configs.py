@@ -40,3 +40,28 @@ def splits(problem: Problem, target: Target, config: ForwardConfig) -> int:
     programs = ceil_div(problem.queries, config.block_m) * problem.batch * problem.heads
     key_tiles = ceil_div(problem.keys, config.block_n)
     return max(1, min(target.multiprocessors // programs, problem.keys // 512, 8, key_tiles))
+
+
+class BackwardConfig(NamedTuple):
+    """BLOCK_M queries by BLOCK_N keys a step."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def fused(problem: Problem) -> bool:
+    """Whether one program holds dk and dv together."""
+    return problem.head_dim <= 128
+
+
+def backward(kernel: str, problem: Problem, target: Target) -> BackwardConfig:
+    def heuristic() -> BackwardConfig:
+        if kernel == "statistics":
+            return BackwardConfig(16, 16, 4, 1) if problem.head_dim > 256 else BackwardConfig(32, 32, 4, 1)
+        if problem.dtype == "float32":
+            return BackwardConfig(32, 32, 4, 1)
+        return BackwardConfig(64, 128, 8, 2) if kernel == "keys" else BackwardConfig(128, 64, 8, 2)
+
+    return tables.choose(OP, f"backward-{kernel}", forward_key(problem), target, BackwardConfig, heuristic)
