@@ -65,3 +65,32 @@ def backward(kernel: str, problem: Problem, target: Target) -> BackwardConfig:
         return BackwardConfig(64, 128, 8, 2) if kernel == "keys" else BackwardConfig(128, 64, 8, 2)
 
     return tables.choose(OP, f"backward-{kernel}", forward_key(problem), target, BackwardConfig, heuristic)
+
+
+class ShortConfig(NamedTuple):
+    """BLOCK_M queries a step; all keys are held."""
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+
+
+def key_pieces(keys: int) -> tuple[int, int]:
+    """One or two powers of two that cover the keys of a short kernel: 77 = 64 + 16."""
+    first, second, third = pieces(keys)
+    return (2 * first, 0) if third else (first, second)
+
+
+def chunks(problem: Problem, target: Target, tiles: int) -> int:
+    wanted = ceil_div(4 * target.multiprocessors, problem.batch * problem.heads)
+    return ceil_div(tiles, ceil_div(tiles, min(tiles, wanted)))
+
+
+def short(kernel: str, problem: Problem, target: Target) -> ShortConfig:
+    def heuristic() -> ShortConfig:
+        if problem.dtype == "float32":
+            return ShortConfig(32, 4, 1)
+        return ShortConfig(64, 4, 2)
+
+    key = {**forward_key(problem), "keys": sum(key_pieces(problem.keys))}
+    return tables.choose(OP, kernel, key, target, ShortConfig, heuristic)

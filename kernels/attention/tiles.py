@@ -14,7 +14,7 @@ import os
 import triton
 import triton.language as tl
 
-# Triton's interpreter computes in numpy, which has no bfloat16: it would multiply the bits.
+# Triton's interpreter computes in numpy.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
 INFINITY = tl.constexpr(float("inf"))
 
@@ -22,8 +22,13 @@ INFINITY = tl.constexpr(float("inf"))
 @triton.jit
 def dot(a, b, acc):
     """acc + a b, summed in float32."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
+    if INTERPRETED and a.dtype != tl.float32:
+        # numpy has no bfloat16, it would multiply the bits; and where products are huge, its order of summation
+        # shows, which is not the same for all elements as it is in a tensor core.
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+        if acc is not None:
+            product += acc
+        return product
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
