@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 
 from ..common.target import target_of
-from .backward import plan_backward
-from .forward import plan_forward
+from .plans import plan_backward, plan_forward
 from .problem import dense_last, in_layout_of, problem_of, supports_call
 
 __all__ = ["backward", "forward", "supports", "supports_backward"]

@@ -477,12 +477,42 @@ def query_kernel(
     store_tile(dq, dq0, dq1, dq2, rows, queries, stride_xm * ALIGN, D0, D1, D2, HEAD_DIM)
 
 
+def plan_statistics(grad_out, q, k, v, out, lse, problem: Problem, target) -> tuple[Launch, torch.Tensor]:
+    """The launch, and the statistics (3, B, H, Sq) that it writes."""
+    config = configs.backward("statistics", problem, target)
+    tiles = ceil_div(problem.queries, config.block_m)
+    statistics = torch.empty((3, *q.shape[:3]), dtype=torch.float32, device=q.device)
+    arguments = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "out_ptr": out,
+        "g_ptr": grad_out,
+        "lse_ptr": lse,
+        "statistics_ptr": statistics,
+        "scale": problem.size,
+        "unit": problem.unit,
+        "heads": problem.heads,
+        "queries": problem.queries,
+        "keys": problem.keys,
+        "tiles": tiles,
+        **strides(qm=q, kn=k, vn=v, om=out, gm=grad_out),
+        **problem.mask_arguments(),
+        **problem.constants(),
+        "LARGE": 16.0 if problem.dtype == "float32" else 64.0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+    grid = (tiles * problem.batch * problem.heads,)
+    return Launch(statistics_kernel, grid, arguments, config.num_warps, config.num_stages), statistics
+
+
 def plan_backward(grad_out, q, k, v, out, lse, problem: Problem, target) -> tuple[list[Launch], tuple]:
     """The launches, and dq, dk, dv (of `result_like`) that they write."""
-    batch, heads, queries, _ = q.shape
-    both = batch * heads
+    both = problem.batch * problem.heads
     results = dq, dk, dv = result_like(q), result_like(k), result_like(v)
-    statistics = torch.empty((3, batch, heads, queries), dtype=torch.float32, device=q.device)
+    launch, statistics = plan_statistics(grad_out, q, k, v, out, lse, problem, target)
+    launches = [launch]
     shared = {
         "q_ptr": q,
         "k_ptr": k,
@@ -491,62 +521,37 @@ def plan_backward(grad_out, q, k, v, out, lse, problem: Problem, target) -> tupl
         "statistics_ptr": statistics,
         "scale": problem.size,
         "unit": problem.unit,
-        "heads": heads,
-        "queries": queries,
+        "grad_scale": problem.scale,
+        "heads": problem.heads,
+        "queries": problem.queries,
         "keys": problem.keys,
         **problem.mask_arguments(),
         **problem.constants(),
     }
-
-    def launch(kernel, name, length, block, **arguments):
-        config = configs.backward(name, problem, target)
-        tiles = ceil_div(length, getattr(config, block))
-        blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-        return Launch(
-            kernel,
-            (tiles * both,),
-            {**shared, "tiles": tiles, **arguments, **blocks},
-            config.num_warps,
-            config.num_stages,
-        )
-
-    launches = [
-        launch(
-            statistics_kernel,
-            "statistics",
-            queries,
-            "block_m",
-            out_ptr=out,
-            lse_ptr=lse,
-            LARGE=16.0 if problem.dtype == "float32" else 64.0,
-            **strides(qm=q, kn=k, vn=v, om=out, gm=grad_out),
-        )
-    ]
-    parts = (("keys", True, True),) if configs.fused(problem) else (("keys", True, False), ("keys", False, True))
-    for name, want_k, want_v in parts:
-        launches.append(
-            launch(
-                key_kernel,
-                name,
-                problem.keys,
-                "block_n",
-                dk_ptr=dk,
-                dv_ptr=dv,
-                grad_scale=problem.scale,
-                WANT_K=want_k,
-                WANT_V=want_v,
-                **strides(qm=q, kn=k, vn=v, gm=grad_out, yn=dk, zn=dv),
-            )
-        )
-    launches.append(
-        launch(
-            query_kernel,
-            "queries",
-            queries,
-            "block_m",
-            dq_ptr=dq,
-            grad_scale=problem.scale,
-            **strides(qm=q, kn=k, vn=v, gm=grad_out, xm=dq),
-        )
-    )
+    config = configs.backward("keys", problem, target)
+    tiles = ceil_div(problem.keys, config.block_n)
+    for want_k, want_v in configs.passes(problem):
+        arguments = {
+            **shared,
+            "dk_ptr": dk,
+            "dv_ptr": dv,
+            "tiles": tiles,
+            **strides(qm=q, kn=k, vn=v, gm=grad_out, yn=dk, zn=dv),
+            "WANT_K": want_k,
+            "WANT_V": want_v,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        }
+        launches.append(Launch(key_kernel, (tiles * both,), arguments, config.num_warps, config.num_stages))
+    config = configs.backward("queries", problem, target)
+    tiles = ceil_div(problem.queries, config.block_m)
+    arguments = {
+        **shared,
+        "dq_ptr": dq,
+        "tiles": tiles,
+        **strides(qm=q, kn=k, vn=v, gm=grad_out, xm=dq),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+    launches.append(Launch(query_kernel, (tiles * both,), arguments, config.num_warps, config.num_stages))
     return launches, results

@@ -11,6 +11,17 @@ from .problem import Problem, pieces
 OP = "attention"
 
 
+def is_wide(problem: Problem) -> bool:
+    return problem.head_dim > 256
+
+
+def is_short(problem: Problem, direction: str) -> bool:
+    width = sum(pieces(problem.head_dim))
+    if problem.dtype == "float32":
+        return problem.keys <= 128 and width <= 64
+    return problem.keys <= 128 and width <= 192
+
+
 class ForwardConfig(NamedTuple):
     """BLOCK_M queries by BLOCK_N keys a step."""
 
@@ -51,9 +62,9 @@ class BackwardConfig(NamedTuple):
     num_stages: int
 
 
-def fused(problem: Problem) -> bool:
-    """Whether one program holds dk and dv together."""
-    return problem.head_dim <= 128
+def passes(problem: Problem) -> tuple[tuple[bool, bool], ...]:
+    """(dk, dv) that one program holds together, per launch."""
+    return ((True, True),) if problem.head_dim <= 128 else ((True, False), (False, True))
 
 
 def backward(kernel: str, problem: Problem, target: Target) -> BackwardConfig:
@@ -94,3 +105,24 @@ def short(kernel: str, problem: Problem, target: Target) -> ShortConfig:
 
     key = {**forward_key(problem), "keys": sum(key_pieces(problem.keys))}
     return tables.choose(OP, kernel, key, target, ShortConfig, heuristic)
+
+
+class WideConfig(NamedTuple):
+    """Products [block_m, ...] x [..., block_n]; block_d of the head dim, a step or the width of a program."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def wide(kernel: str, problem: Problem, target: Target) -> WideConfig:
+    def heuristic() -> WideConfig:
+        if problem.dtype == "float32":
+            return WideConfig(64, 64, 16, 4, 1) if kernel in ("wide-weights", "wide-gradients") else WideConfig(64, 16, 64, 4, 1)
+        if kernel in ("wide-weights", "wide-gradients"):
+            return WideConfig(128, 128, 64, 8, 3)
+        return WideConfig(128, 64, 128, 8, 3)
+
+    return tables.choose(OP, kernel, forward_key(problem), target, WideConfig, heuristic)

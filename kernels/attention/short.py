@@ -179,13 +179,17 @@ def short_backward_kernel(
     MASK: tl.constexpr,
     BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WANT_K: tl.constexpr,
+    WANT_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    N0: tl.constexpr,
-    N1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """dq (strides x) and partial sums (2, chunks, B, H, Sk, D) of dk / scale and dv.
 
-    Grid: chunks of query tiles x batch x heads. N1 is 0 or the second tile of keys.
+    WANT_K: dq and dk; WANT_V: dv; where they are too wide to be held together, they have a launch each.
+
+    Scores are transposed, [keys, queries]: so P and dS are in the registers where the products that give dk and dv
+    want them. Grid: chunks of query tiles x batch x heads.
     """
     program = tl.program_id(0)
     chunk = program % chunks
@@ -200,72 +204,47 @@ def short_backward_kernel(
     if MASK != "none":
         mask = mask_ptr + batch * stride_mb + head * stride_mh
 
-    a = tl.arange(0, N0)
-    ka0, ka1, ka2 = load_tile(k, a, keys, stride_kn * ALIGN, D0, D1, D2, HEAD_DIM, N1 == 0)
-    va0, va1, va2 = load_tile(v, a, keys, stride_vn * ALIGN, D0, D1, D2, HEAD_DIM, N1 == 0)
-    dka0, dka1, dka2 = zeros(N0, D0, D1, D2)
-    dva0, dva1, dva2 = zeros(N0, D0, D1, D2)
-    if N1 > 0:
-        b = N0 + tl.arange(0, N1)
-        kb0, kb1, kb2 = load_tile(k, b, keys, stride_kn * ALIGN, D0, D1, D2, HEAD_DIM, True)
-        vb0, vb1, vb2 = load_tile(v, b, keys, stride_vn * ALIGN, D0, D1, D2, HEAD_DIM, True)
-        dkb0, dkb1, dkb2 = zeros(N1, D0, D1, D2)
-        dvb0, dvb1, dvb2 = zeros(N1, D0, D1, D2)
+    own = tl.arange(0, BLOCK_N)
+    k0, k1, k2 = load_tile(k, own, keys, stride_kn * ALIGN, D0, D1, D2, HEAD_DIM, True)
+    v0, v1, v2 = k0, k1, k2
+    if WANT_K:
+        v0, v1, v2 = load_tile(v, own, keys, stride_vn * ALIGN, D0, D1, D2, HEAD_DIM, True)
+    dk0, dk1, dk2 = zeros(BLOCK_N, D0, D1, D2)
+    dv0, dv1, dv2 = zeros(BLOCK_N, D0, D1, D2)
 
     for tile in range(chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, tiles)):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         q0, q1, q2 = load_tile(q, rows, queries, stride_qm * ALIGN, D0, D1, D2, HEAD_DIM, True)
         g0, g1, g2 = load_tile(g, rows, queries, stride_gm * ALIGN, D0, D1, D2, HEAD_DIM, True)
         s = masked(
-            inner(q0, q1, q2, ka0, ka1, ka2, D1, D2), rows[:, None], a[None, :], queries, keys, mask,
-            stride_mm, stride_mn, scale, NEGATE, MASK, BIAS, CAUSAL, N1 == 0,
+            inner(k0, k1, k2, q0, q1, q2, D1, D2), rows[None, :], own[:, None], queries, keys, mask,
+            stride_mm, stride_mn, scale, NEGATE, MASK, BIAS, CAUSAL, True,
         )  # fmt: skip
-        t = s
-        if N1 > 0:
-            t = masked(
-                inner(q0, q1, q2, kb0, kb1, kb2, D1, D2), rows[:, None], b[None, :], queries, keys, mask,
-                stride_mm, stride_mn, scale, NEGATE, MASK, BIAS, CAUSAL, True,
-            )  # fmt: skip
-        p, r, _, total = softmax(s, t, unit, N1)
-        inverse = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-
-        p = p * inverse
-        dp = inner(g0, g1, g2, va0, va1, va2, D1, D2)
-        if MASK != "none":
-            # What stands where a key is closed may have made dP infinite.
-            dp = tl.where(p == 0.0, 0.0, dp)
-        delta = tl.sum(p * dp, 1)
-        if N1 > 0:
-            r = r * inverse
-            dr = inner(g0, g1, g2, vb0, vb1, vb2, D1, D2)
+        top = tl.max(s, 0)
+        # A row without an open key has top = -inf, and -inf - -inf would be NaN.
+        p = tl.exp2((s - tl.where(top == -INFINITY, 0.0, top)[None, :]) * unit)
+        total = tl.sum(p, 0)
+        p = p * (1.0 / tl.where(total == 0.0, 1.0, total))[None, :]
+        if WANT_V:
+            dv0, dv1, dv2 = outer(rounded(p, g0.dtype), g0, g1, g2, dv0, dv1, dv2, D1, D2)
+        if WANT_K:
+            dp = inner(v0, v1, v2, g0, g1, g2, D1, D2)
             if MASK != "none":
-                dr = tl.where(r == 0.0, 0.0, dr)
-            delta += tl.sum(r * dr, 1)
+                # What stands where a key is closed may have made dP infinite.
+                dp = tl.where(p == 0.0, 0.0, dp)
+            ds = rounded(p * (dp - tl.sum(p * dp, 0)[None, :]), q0.dtype)
+            dk0, dk1, dk2 = outer(ds, q0, q1, q2, dk0, dk1, dk2, D1, D2)
+            dq0, dq1, dq2 = zeros(BLOCK_M, D0, D1, D2)
+            dq0, dq1, dq2 = outer(tl.trans(ds), k0, k1, k2, dq0, dq1, dq2, D1, D2)
+            dq0, dq1, dq2 = scale_rows(tl.zeros([BLOCK_M], tl.float32) + grad_scale, dq0, dq1, dq2, D1, D2)
+            store_tile(dq, dq0, dq1, dq2, rows, queries, stride_xm * ALIGN, D0, D1, D2, HEAD_DIM)
 
-        dq0, dq1, dq2 = zeros(BLOCK_M, D0, D1, D2)
-        p16 = rounded(p, k_ptr.dtype.element_ty)
-        ds = rounded(p * (dp - delta[:, None]), k_ptr.dtype.element_ty)
-        dva0, dva1, dva2 = outer(tl.trans(p16), g0, g1, g2, dva0, dva1, dva2, D1, D2)
-        dka0, dka1, dka2 = outer(tl.trans(ds), q0, q1, q2, dka0, dka1, dka2, D1, D2)
-        dq0, dq1, dq2 = outer(ds, ka0, ka1, ka2, dq0, dq1, dq2, D1, D2)
-        if N1 > 0:
-            p16 = rounded(r, k_ptr.dtype.element_ty)
-            ds = rounded(r * (dr - delta[:, None]), k_ptr.dtype.element_ty)
-            dvb0, dvb1, dvb2 = outer(tl.trans(p16), g0, g1, g2, dvb0, dvb1, dvb2, D1, D2)
-            dkb0, dkb1, dkb2 = outer(tl.trans(ds), q0, q1, q2, dkb0, dkb1, dkb2, D1, D2)
-            dq0, dq1, dq2 = outer(ds, kb0, kb1, kb2, dq0, dq1, dq2, D1, D2)
-        dq0, dq1, dq2 = scale_rows(tl.zeros([BLOCK_M], tl.float32) + grad_scale, dq0, dq1, dq2, D1, D2)
-        store_tile(dq, dq0, dq1, dq2, rows, queries, stride_xm * ALIGN, D0, D1, D2, HEAD_DIM)
-
-    total_heads = tl.num_programs(0) // chunks
-    place = partial_ptr + (chunk.to(tl.int64) * total_heads + both) * keys * HEAD_DIM
-    store_tile(place, dka0, dka1, dka2, a, keys, HEAD_DIM, D0, D1, D2, HEAD_DIM)
-    if N1 > 0:
-        store_tile(place, dkb0, dkb1, dkb2, b, keys, HEAD_DIM, D0, D1, D2, HEAD_DIM)
-    place += tl.num_programs(0).to(tl.int64) * keys * HEAD_DIM
-    store_tile(place, dva0, dva1, dva2, a, keys, HEAD_DIM, D0, D1, D2, HEAD_DIM)
-    if N1 > 0:
-        store_tile(place, dvb0, dvb1, dvb2, b, keys, HEAD_DIM, D0, D1, D2, HEAD_DIM)
+    place = partial_ptr + (chunk.to(tl.int64) * (tl.num_programs(0) // chunks) + both) * keys * HEAD_DIM
+    if WANT_K:
+        store_tile(place, dk0, dk1, dk2, own, keys, HEAD_DIM, D0, D1, D2, HEAD_DIM)
+    if WANT_V:
+        place += tl.num_programs(0).to(tl.int64) * keys * HEAD_DIM
+        store_tile(place, dv0, dv1, dv2, own, keys, HEAD_DIM, D0, D1, D2, HEAD_DIM)
 
 
 @triton.jit(
@@ -319,7 +298,6 @@ def reduce_kernel(
 
 
 def _shared(q, k, v, problem: Problem, config, chunks: int, tiles: int) -> dict:
-    n0, n1 = configs.key_pieces(problem.keys)
     return {
         "q_ptr": q,
         "k_ptr": k,
@@ -335,8 +313,6 @@ def _shared(q, k, v, problem: Problem, config, chunks: int, tiles: int) -> dict:
         **problem.mask_arguments(),
         **problem.constants(),
         "BLOCK_M": config.block_m,
-        "N0": n0,
-        "N1": n1,
     }
 
 
@@ -347,8 +323,11 @@ def plan_short_forward(q, k, v, problem: Problem, need_lse: bool, target):
     chunks = configs.chunks(problem, target, tiles)
     out = result_like(q)
     lse = torch.empty(q.shape[:3] if need_lse else (0,), dtype=torch.float32, device=q.device)
+    n0, n1 = configs.key_pieces(problem.keys)
     arguments = {
         **_shared(q, k, v, problem, config, chunks, tiles),
+        "N0": n0,
+        "N1": n1,
         "out_ptr": out,
         "lse_ptr": lse,
         **strides(qm=q, kn=k, vn=v, om=out),
@@ -368,15 +347,19 @@ def plan_short_backward(grad_out, q, k, v, problem: Problem, target):
     partial = torch.empty((2, chunks, *k.shape), dtype=torch.float32, device=q.device)
     arguments = {
         **_shared(q, k, v, problem, config, chunks, tiles),
+        "BLOCK_N": max(16, next_power_of_two(problem.keys)),
         "g_ptr": grad_out,
         "dq_ptr": dq,
         "partial_ptr": partial,
         "grad_scale": problem.scale,
         **strides(qm=q, kn=k, vn=v, gm=grad_out, xm=dq),
     }
-    launches = [
-        Launch(short_backward_kernel, (chunks * both,), arguments, config.num_warps, config.num_stages)
-    ]
+    launches = []
+    for want_k, want_v in configs.passes(problem):
+        wanted = {**arguments, "WANT_K": want_k, "WANT_V": want_v}
+        launches.append(
+            Launch(short_backward_kernel, (chunks * both,), wanted, config.num_warps, config.num_stages)
+        )
     block_d = next_power_of_two(problem.head_dim)
     block_n = max(1, 1024 // block_d)
     tiles = ceil_div(problem.keys, block_n)
