@@ -14,7 +14,11 @@ import triton.language as tl
 from ..common.launch import Launch, ceil_div
 from . import configs
 from .problem import Problem, result_like, strides
-from .tiles import INFINITY, inner, load_tile, masked, outer, rounded, scale_rows, store_tile, zeros
+from .tiles import INFINITY, inner, inner_chunks, load_tile, masked, outer, rounded, scale_rows, store_tile, zeros
+
+# exp(score - lse) is off by half a last place of lse. Beyond this, where that is more than 5e-7, or 4e-6 beside
+# rounding to 16 bits, the largest score and the sum are found anew.
+LARGE = {"float32": 16.0, "bfloat16": 64.0, "float16": 64.0}
 
 _INTEGERS = [
     *("heads", "queries", "keys", "tiles"),
@@ -69,6 +73,7 @@ def statistics_kernel(
     BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
     LARGE: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -76,7 +81,7 @@ def statistics_kernel(
 
     reference is lse and factor 1, except where |lse| > LARGE: there exp(score - lse) has lost bits to the rounding
     of lse, all of them where a finite mask of -1e9 covers a row, and the largest score, one over the sum of
-    exp(score - largest) and delta are found from the scores.
+    exp(score - largest) and delta are found from the scores. CHUNK > 0: the head dim is read in such steps.
     """
     program = tl.program_id(0)
     tile = program % tiles
@@ -88,13 +93,22 @@ def statistics_kernel(
     g = g_ptr + batch * (stride_gb * ALIGN) + head * (stride_gh * ALIGN)
     places = both.to(tl.int64) * queries + rows
 
-    g0, g1, g2 = load_tile(g, rows, queries, stride_gm * ALIGN, D0, D1, D2, HEAD_DIM, True)
-    o0, o1, o2 = load_tile(out, rows, queries, stride_om * ALIGN, D0, D1, D2, HEAD_DIM, True)
-    delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
-    if D1 > 0:
-        delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
-    if D2 > 0:
-        delta += tl.sum(g2.to(tl.float32) * o2.to(tl.float32), 1)
+    if CHUNK > 0:
+        far = rows.to(tl.int64)[:, None]
+        near = tl.arange(0, CHUNK)[None, :]
+        delta = tl.zeros([BLOCK_M], tl.float32)
+        for step in range(0, HEAD_DIM, CHUNK):
+            x = tl.load(g + far * (stride_gm * ALIGN) + near + step, mask=inside[:, None], other=0.0)
+            y = tl.load(out + far * (stride_om * ALIGN) + near + step, mask=inside[:, None], other=0.0)
+            delta += tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+    else:
+        g0, g1, g2 = load_tile(g, rows, queries, stride_gm * ALIGN, D0, D1, D2, HEAD_DIM, True)
+        o0, o1, o2 = load_tile(out, rows, queries, stride_om * ALIGN, D0, D1, D2, HEAD_DIM, True)
+        delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
+        if D1 > 0:
+            delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
+        if D2 > 0:
+            delta += tl.sum(g2.to(tl.float32) * o2.to(tl.float32), 1)
     lse = tl.load(lse_ptr + places, mask=inside, other=0.0)
     reference = lse
     if not BIAS:
@@ -111,23 +125,35 @@ def statistics_kernel(
         mask = mask_ptr
         if MASK != "none":
             mask = mask_ptr + batch * stride_mb + head * stride_mh
-        q0, q1, q2 = load_tile(q, rows, queries, stride_qm * ALIGN, D0, D1, D2, HEAD_DIM, True)
+        if CHUNK == 0:
+            q0, q1, q2 = load_tile(q, rows, queries, stride_qm * ALIGN, D0, D1, D2, HEAD_DIM, True)
         top = tl.full([BLOCK_M], -INFINITY, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         weighted = tl.zeros([BLOCK_M], tl.float32)
         for start in range(0, keys, BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
-            k0, k1, k2 = load_tile(k, columns, keys, stride_kn * ALIGN, D0, D1, D2, HEAD_DIM, True)
+            if CHUNK > 0:
+                s = inner_chunks(
+                    q, rows, queries, stride_qm * ALIGN, k, columns, keys, stride_kn * ALIGN,
+                    BLOCK_M, BLOCK_N, HEAD_DIM, CHUNK,
+                )  # fmt: skip
+                dp = inner_chunks(
+                    g, rows, queries, stride_gm * ALIGN, v, columns, keys, stride_vn * ALIGN,
+                    BLOCK_M, BLOCK_N, HEAD_DIM, CHUNK,
+                )  # fmt: skip
+            else:
+                k0, k1, k2 = load_tile(k, columns, keys, stride_kn * ALIGN, D0, D1, D2, HEAD_DIM, True)
+                s = inner(q0, q1, q2, k0, k1, k2, D1, D2)
+                v0, v1, v2 = load_tile(v, columns, keys, stride_vn * ALIGN, D0, D1, D2, HEAD_DIM, True)
+                dp = inner(g0, g1, g2, v0, v1, v2, D1, D2)
             s = masked(
-                inner(q0, q1, q2, k0, k1, k2, D1, D2), rows[:, None], columns[None, :], queries, keys, mask,
-                stride_mm, stride_mn, scale, NEGATE, MASK, BIAS, CAUSAL, True,
+                s, rows[:, None], columns[None, :], queries, keys, mask, stride_mm, stride_mn, scale,
+                NEGATE, MASK, BIAS, CAUSAL, True,
             )  # fmt: skip
             new_top = tl.maximum(top, tl.max(s, 1))
             base = tl.where(new_top == -INFINITY, 0.0, new_top)
             p = tl.exp2((s - base[:, None]) * unit)
             shrink = tl.exp2((top - base) * unit)
-            v0, v1, v2 = load_tile(v, columns, keys, stride_vn * ALIGN, D0, D1, D2, HEAD_DIM, True)
-            dp = inner(g0, g1, g2, v0, v1, v2, D1, D2)
             total = total * shrink + tl.sum(p, 1)
             weighted = weighted * shrink + tl.sum(tl.where(p == 0.0, 0.0, p * dp), 1)
             top = new_top
@@ -368,8 +394,9 @@ def add_keys(
     BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
     EDGE: tl.constexpr,
+    REST: tl.constexpr,
 ):
-    """What a tile of keys from `start` on gives to dq."""
+    """What a tile of keys from `start` on gives to dq; REST: what it would give but for the rounding of dS."""
     columns = start + tl.arange(0, BLOCK_N)
     k0, k1, k2 = load_tile(k, columns, keys, stride_kn, D0, D1, D2, HEAD_DIM, EDGE)
     v0, v1, v2 = load_tile(v, columns, keys, stride_vn, D0, D1, D2, HEAD_DIM, EDGE)
@@ -380,6 +407,8 @@ def add_keys(
     p = tl.exp2((s - reference[:, None]) * unit) * factor[:, None]
     dp = inner(g0, g1, g2, v0, v1, v2, D1, D2)
     ds = score_gradients(p, dp, delta[:, None], MASK)
+    if REST:
+        ds = ds - rounded(ds, k0.dtype).to(tl.float32)
     return outer(rounded(ds, k0.dtype), k0, k1, k2, dq0, dq1, dq2, D1, D2)
 
 
@@ -427,10 +456,15 @@ def query_kernel(
     MASK: tl.constexpr,
     BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    LARGE: tl.constexpr,
+    RESTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq (strides x). Grid: query tiles x batch x heads."""
+    """dq (strides x). Grid: query tiles x batch x heads.
+
+    RESTS: tiles with rows whose |lse| > LARGE take dS in twice the precision.
+    """
     program = tl.program_id(0)
     tile = program % tiles
     if CAUSAL:
@@ -451,6 +485,7 @@ def query_kernel(
     q0, q1, q2 = load_tile(q, rows, queries, stride_qm * ALIGN, D0, D1, D2, HEAD_DIM, True)
     g0, g1, g2 = load_tile(g, rows, queries, stride_gm * ALIGN, D0, D1, D2, HEAD_DIM, True)
     reference, factor, delta = load_statistics(statistics, per_kind, rows, queries)
+    inside = (rows < queries) & (reference != INFINITY)
     dq0, dq1, dq2 = zeros(BLOCK_M, D0, D1, D2)
 
     last = keys
@@ -463,14 +498,23 @@ def query_kernel(
         dq0, dq1, dq2 = add_keys(
             q0, q1, q2, g0, g1, g2, dq0, dq1, dq2, reference, factor, delta, rows, start, queries, keys,
             k, v, stride_kn * ALIGN, stride_vn * ALIGN, mask, stride_mm, stride_mn, scale, unit,
-            BLOCK_N, D0, D1, D2, HEAD_DIM, NEGATE, MASK, BIAS, False, False,
+            BLOCK_N, D0, D1, D2, HEAD_DIM, NEGATE, MASK, BIAS, False, False, False,
         )  # fmt: skip
     for start in tl.range(whole, last, BLOCK_N, num_stages=1):
         dq0, dq1, dq2 = add_keys(
             q0, q1, q2, g0, g1, g2, dq0, dq1, dq2, reference, factor, delta, rows, start, queries, keys,
             k, v, stride_kn * ALIGN, stride_vn * ALIGN, mask, stride_mm, stride_mn, scale, unit,
-            BLOCK_N, D0, D1, D2, HEAD_DIM, NEGATE, MASK, BIAS, CAUSAL, True,
+            BLOCK_N, D0, D1, D2, HEAD_DIM, NEGATE, MASK, BIAS, CAUSAL, True, False,
         )  # fmt: skip
+    if RESTS:
+        # Where scores are huge, so may the keys be, and sums that cancel show the rounding of dS.
+        if tl.max((tl.abs(reference * (unit * 0.6931472)) > LARGE).to(tl.int32) * inside.to(tl.int32), 0) > 0:
+            for start in tl.range(0, last, BLOCK_N, num_stages=1):
+                dq0, dq1, dq2 = add_keys(
+                    q0, q1, q2, g0, g1, g2, dq0, dq1, dq2, reference, factor, delta, rows, start, queries, keys,
+                    k, v, stride_kn * ALIGN, stride_vn * ALIGN, mask, stride_mm, stride_mn, scale, unit,
+                    BLOCK_N, D0, D1, D2, HEAD_DIM, NEGATE, MASK, BIAS, CAUSAL, True, True,
+                )  # fmt: skip
 
     dq0, dq1, dq2 = scale_rows(tl.zeros([BLOCK_M], tl.float32) + grad_scale, dq0, dq1, dq2, D1, D2)
     dq = dq_ptr + batch * (stride_xb * ALIGN) + head * (stride_xh * ALIGN)
@@ -499,7 +543,8 @@ def plan_statistics(grad_out, q, k, v, out, lse, problem: Problem, target) -> tu
         **strides(qm=q, kn=k, vn=v, om=out, gm=grad_out),
         **problem.mask_arguments(),
         **problem.constants(),
-        "LARGE": 16.0 if problem.dtype == "float32" else 64.0,
+        "CHUNK": 32 if configs.is_wide(problem) else 0,
+        "LARGE": LARGE[problem.dtype],
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
@@ -550,6 +595,8 @@ def plan_backward(grad_out, q, k, v, out, lse, problem: Problem, target) -> tupl
         "dq_ptr": dq,
         "tiles": tiles,
         **strides(qm=q, kn=k, vn=v, gm=grad_out, xm=dq),
+        "LARGE": LARGE[problem.dtype],
+        "RESTS": problem.dtype == "float16",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }

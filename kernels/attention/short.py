@@ -179,6 +179,7 @@ def short_backward_kernel(
     MASK: tl.constexpr,
     BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    RESTS: tl.constexpr,
     WANT_K: tl.constexpr,
     WANT_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -186,7 +187,8 @@ def short_backward_kernel(
 ):
     """dq (strides x) and partial sums (2, chunks, B, H, Sk, D) of dk / scale and dv.
 
-    WANT_K: dq and dk; WANT_V: dv; where they are too wide to be held together, they have a launch each.
+    WANT_K: dq and dk; WANT_V: dv; where they are too wide to be held together, they have a launch each. RESTS: dq
+    takes dS in twice the precision.
 
     Scores are transposed, [keys, queries]: so P and dS are in the registers where the products that give dk and dv
     want them. Grid: chunks of query tiles x batch x heads.
@@ -232,10 +234,15 @@ def short_backward_kernel(
             if MASK != "none":
                 # What stands where a key is closed may have made dP infinite.
                 dp = tl.where(p == 0.0, 0.0, dp)
-            ds = rounded(p * (dp - tl.sum(p * dp, 0)[None, :]), q0.dtype)
+            exact = p * (dp - tl.sum(p * dp, 0)[None, :])
+            ds = rounded(exact, q0.dtype)
             dk0, dk1, dk2 = outer(ds, q0, q1, q2, dk0, dk1, dk2, D1, D2)
             dq0, dq1, dq2 = zeros(BLOCK_M, D0, D1, D2)
             dq0, dq1, dq2 = outer(tl.trans(ds), k0, k1, k2, dq0, dq1, dq2, D1, D2)
+            if RESTS:
+                # Sums of huge keys that cancel would show the rounding of dS.
+                ds = rounded(exact - ds.to(tl.float32), q0.dtype)
+                dq0, dq1, dq2 = outer(tl.trans(ds), k0, k1, k2, dq0, dq1, dq2, D1, D2)
             dq0, dq1, dq2 = scale_rows(tl.zeros([BLOCK_M], tl.float32) + grad_scale, dq0, dq1, dq2, D1, D2)
             store_tile(dq, dq0, dq1, dq2, rows, queries, stride_xm * ALIGN, D0, D1, D2, HEAD_DIM)
 
@@ -347,6 +354,7 @@ def plan_short_backward(grad_out, q, k, v, problem: Problem, target):
     partial = torch.empty((2, chunks, *k.shape), dtype=torch.float32, device=q.device)
     arguments = {
         **_shared(q, k, v, problem, config, chunks, tiles),
+        "RESTS": problem.dtype == "float16",
         "BLOCK_N": max(16, next_power_of_two(problem.keys)),
         "g_ptr": grad_out,
         "dq_ptr": dq,

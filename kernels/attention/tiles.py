@@ -146,6 +146,35 @@ def inner(a0, a1, a2, b0, b1, b2, D1: tl.constexpr, D2: tl.constexpr):
 
 
 @triton.jit
+def inner_chunks(
+    a,
+    a_rows,
+    a_count,
+    stride_a,
+    b,
+    b_rows,
+    b_count,
+    stride_b,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """a b^T over the head dim, [ROWS, COLUMNS]."""
+    columns = tl.arange(0, CHUNK)
+    a = a + a_rows.to(tl.int64)[:, None] * stride_a + columns[None, :]
+    b = b + b_rows.to(tl.int64)[:, None] * stride_b + columns[None, :]
+    a_inside = (a_rows < a_count)[:, None]
+    b_inside = (b_rows < b_count)[:, None]
+    s = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, HEAD_DIM, CHUNK):
+        x = tl.load(a + start, mask=a_inside, other=0.0)
+        y = tl.load(b + start, mask=b_inside, other=0.0)
+        s = dot(x, tl.trans(y), s)
+    return s
+
+
+@triton.jit
 def outer(w, x0, x1, x2, acc0, acc1, acc2, D1: tl.constexpr, D2: tl.constexpr):
     """acc + w x, over the rows of x."""
     acc0 = dot(w, x0, acc0)

@@ -21,41 +21,12 @@ from ..common.launch import Launch, ceil_div
 from . import configs
 from .backward import load_statistics, plan_statistics, score_gradients
 from .problem import Problem, result_like, strides
-from .tiles import INFINITY, dot, load_piece, masked, rounded, store_piece
+from .tiles import INFINITY, dot, inner_chunks, load_piece, masked, rounded, store_piece
 
 # Bytes of weights that are written down at once.
 WORKSPACE = 128 << 20
 # Rows and columns of the weights are filled up to this, with zeros.
 PAD = 128
-
-
-@triton.jit
-def inner_chunks(
-    a,
-    a_rows,
-    a_count,
-    stride_a,
-    b,
-    b_rows,
-    b_count,
-    stride_b,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """a b^T over the head dim, [ROWS, COLUMNS]."""
-    columns = tl.arange(0, CHUNK)
-    a = a + a_rows.to(tl.int64)[:, None] * stride_a + columns[None, :]
-    b = b + b_rows.to(tl.int64)[:, None] * stride_b + columns[None, :]
-    a_inside = (a_rows < a_count)[:, None]
-    b_inside = (b_rows < b_count)[:, None]
-    s = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, HEAD_DIM, CHUNK):
-        x = tl.load(a + start, mask=a_inside, other=0.0)
-        y = tl.load(b + start, mask=b_inside, other=0.0)
-        s = dot(x, tl.trans(y), s)
-    return s
 
 
 @triton.jit
@@ -218,11 +189,11 @@ def value_kernel(
     queries_here = first_query + own
     out = out_ptr + batch * (stride_ob * ALIGN) + head * (stride_oh * ALIGN) + part * BLOCK_D
     store_piece(out, acc, queries_here, queries, stride_om * ALIGN, 0, BLOCK_D, HEAD_DIM)
-    if WRITE_LSE:
+    if WRITE_LSE and part == 0:
         if not BIAS:
             top = top * scale
         lse = tl.where(total == 0.0, -INFINITY, top + tl.log(total))
-        tl.store(lse_ptr + both * queries + queries_here, lse, mask=(queries_here < queries) & (part == 0))
+        tl.store(lse_ptr + both * queries + queries_here, lse, mask=queries_here < queries)
 
 
 @triton.jit(
