@@ -1,0 +1,42 @@
+"""Attention in Triton. Contract: fastldm/ops/attention.py; maths: kernels/README.md."""
+
+from __future__ import annotations
+
+import os
+
+from ..common.target import target_of
+from .plans import plan_backward, plan_forward
+from .problem import dense_last, in_layout_of, problem_of, supports_call
+
+__all__ = ["backward", "forward", "supports", "supports_backward"]
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def supports(q, k, v, attn_mask, is_causal, scale, need_lse) -> str | None:
+    return supports_call(q, _interpreted())
+
+
+def supports_backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale) -> str | None:
+    return supports_call(q, _interpreted())
+
+
+def forward(q, k, v, attn_mask, is_causal, scale, need_lse):
+    problem = problem_of(q, k, attn_mask, is_causal, scale)
+    launches, out, lse = plan_forward(
+        dense_last(q), dense_last(k), dense_last(v), problem, need_lse, target_of(q.device)
+    )
+    for launch in launches:
+        launch.run()
+    return in_layout_of(out, q), lse
+
+
+def backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):
+    problem = problem_of(q, k, attn_mask, is_causal, scale)
+    tensors = (dense_last(x) for x in (grad_out, q, k, v, out))
+    launches, grads = plan_backward(*tensors, lse, problem, target_of(q.device))
+    for launch in launches:
+        launch.run()
+    return tuple(in_layout_of(grad, x) for grad, x in zip(grads, (q, k, v)))
