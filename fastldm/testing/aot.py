@@ -1,12 +1,18 @@
 """Compiles kernel launches for GPUs that are not there, and reads what the compiler made of them.
 
 Triton must not be interpreting (TRITON_INTERPRET) in the process.
+
+`python -m fastldm.testing.aot attention|group_norm|vq CAPABILITY` compiles what the tables and heuristics
+choose for the layers of real models, and prints a JSON line for each launch.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastldm.kernels.common.launch import Launch
+from fastldm.kernels.common.target import KNOWN
+from fastldm.testing.shapes import ATTENTION_LAYERS, GROUP_NORM_LAYERS, VQ_LAYERS
 
 
 @dataclass(frozen=True)
@@ -78,3 +86,30 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         raise RuntimeError(f"cuobjdump gave no resource usage: {answer.stdout}{answer.stderr}")
     registers, stack, local = map(int, found.groups())
     return registers, stack + local
+
+
+_LAYERS = {
+    "attention": ATTENTION_LAYERS,
+    "group_norm": {name: (layer.shape, layer.num_groups) for name, layer in GROUP_NORM_LAYERS.items()},
+    "vq": {name: (layer.rows, *layer.codebook) for name, layer in VQ_LAYERS.items()},
+}
+
+
+def main(op: str, capability: int) -> None:
+    cases = importlib.import_module(f"fastldm.kernels.{op}.cases")
+    for name, launch in cases.aot_launches(KNOWN[capability], _LAYERS[op]):
+        compiled = compile_launch(launch, capability)
+        line = {
+            "name": name,
+            "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
+            "registers": compiled.registers,
+            "spilled": compiled.spilled,
+            "shared": compiled.shared,
+            "wgmma": "wgmma.mma_async" in compiled.ptx,
+        }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

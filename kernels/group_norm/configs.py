@@ -48,14 +48,22 @@ ROW_BYTES = 64
 
 
 def choose_forward(problem: Problem, target: Target) -> Config:
-    return choose(
-        "group_norm", "forward", key(problem), target, Config, lambda: heuristic(problem, target, "forward")
-    )
+    return _choose(problem, target, "forward")
 
 
 def choose_backward(problem: Problem, target: Target) -> Config:
+    return _choose(problem, target, "backward")
+
+
+def _choose(problem: Problem, target: Target, direction: str) -> Config:
     return choose(
-        "group_norm", "backward", key(problem), target, Config, lambda: heuristic(problem, target, "backward")
+        "group_norm",
+        direction,
+        key(problem),
+        target,
+        Config,
+        lambda: heuristic(problem, target, direction),
+        lambda: candidates(direction, problem, target),
     )
 
 
