@@ -50,6 +50,45 @@ def _few(key: dict[str, int]) -> FewConfig:
     return FewConfig(64, 32, depth, 2, 64 // rows_per_warp)
 
 
+class ManyConfig(NamedTuple):
+    """A program has `rows`, and takes `codes` and `block_d` dimensions at a time."""
+
+    rows: int
+    codes: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def key_many(dim: int, num_codes: int, num_rows: int) -> dict[str, int]:
+    return {
+        "dim": max(next_power_of_two(dim), 32),
+        "codes": _class_of(num_codes),
+        "rows": _class_of(num_rows),
+    }
+
+
+def many(dim: int, num_codes: int, num_rows: int, target: Target) -> ManyConfig:
+    key = key_many(dim, num_codes, num_rows)
+    return tables.choose(OP, "search_many", key, target, ManyConfig, lambda: _many(key, target))
+
+
+def _many(key: dict[str, int], target: Target) -> ManyConfig:
+    """All dimensions at once where that has room, so that the rows are split into halves but once.
+
+    Where tensor cores read shared memory (sm_90, sm_100): up to 256 dimensions; 128 rows, as with fewer the second
+    level cache cannot deliver the codes in time. Elsewhere the halves of the rows stand in registers: up to 128.
+    """
+    dim = key["dim"]
+    if 90 <= target.capability < 120:
+        if dim > 256:
+            return ManyConfig(64, 64, 64, 8, 2)
+        return ManyConfig(128, 64 if dim <= 128 else 32, dim, 8, 3 if dim <= 64 else 2)
+    if dim > 128:
+        return ManyConfig(64, 128 if dim <= 256 else 64, 32, 8, 2)
+    return ManyConfig(64, 64, dim, 8, 2) if dim <= 64 else ManyConfig(64, 32, dim, 4, 2)
+
+
 class FinishConfig(NamedTuple):
     """A program has `rows`. Of an open row it takes `ranked` codes at a time, of `together` open rows
     `together_ranked`."""
@@ -61,9 +100,22 @@ class FinishConfig(NamedTuple):
     num_warps: int
 
 
-def finish(dim: int, target: Target) -> FinishConfig:
-    key = {"dim": next_power_of_two(dim)}
-    return tables.choose(OP, "finish", key, target, FinishConfig, lambda: FinishConfig(32, 512, 8, 128, 4))
+def key_finish(dim: int, num_rows: int) -> dict[str, int]:
+    return {"dim": next_power_of_two(dim), "rows": _class_of(num_rows)}
+
+
+def finish(dim: int, num_rows: int, target: Target) -> FinishConfig:
+    key = key_finish(dim, num_rows)
+    return tables.choose(OP, "finish", key, target, FinishConfig, lambda: _finish(key))
+
+
+def _finish(key: dict[str, int]) -> FinishConfig:
+    """About two programs for a multiprocessor. In few dimensions each row takes a look at some codes, in many only
+    the open ones do."""
+    rows = max(32, key["rows"] // 256)
+    if key["dim"] <= FEW:
+        return FinishConfig(min(rows, 64), 512, 8, 128, 4)
+    return FinishConfig(rows, 1024, 16, 256, 8)
 
 
 class EmaConfig(NamedTuple):

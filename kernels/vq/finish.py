@@ -43,7 +43,8 @@ def finish(
     index_ptr,
     DIM: tl.constexpr,
     UNROLL: tl.constexpr,
-    HALVES: tl.constexpr,
+    SCALED: tl.constexpr,
+    LOW: tl.constexpr,
     LANES: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -51,7 +52,11 @@ def finish(
     TOGETHER: tl.constexpr,
     TOGETHER_RANKED: tl.constexpr,
 ):
-    """least, others and place (splits, rows) and slack (rows) to index int64 (rows)."""
+    """least, others and place (splits, rows) and slack (rows) to index int64 (rows).
+
+    SCALED is the number of codes with one scale, 0 if there are no scales; LOW the dimension at which the lower halves
+    of the components begin.
+    """
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = first_row + tl.arange(0, ROWS)
     inside = row < num_rows
@@ -107,7 +112,8 @@ def finish(
                 centre_ptr,
                 DIM,
                 UNROLL,
-                HALVES,
+                SCALED,
+                LOW,
                 LANES,
                 DEPTH,
                 ROWS,
@@ -136,7 +142,8 @@ def finish(
                 centre_ptr,
                 DIM,
                 UNROLL,
-                HALVES,
+                SCALED,
+                LOW,
                 LANES,
                 DEPTH,
                 ROWS,
@@ -169,7 +176,8 @@ def rank(
     centre_ptr,
     DIM: tl.constexpr,
     UNROLL: tl.constexpr,
-    HALVES: tl.constexpr,
+    SCALED: tl.constexpr,
+    LOW: tl.constexpr,
     LANES: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -188,6 +196,7 @@ def rank(
     row = first_row + tl.sum(tl.where(taken, tl.arange(0, ROWS)[None, :], 0), axis=1)
     start = z_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
 
+    low = tl.full((), LOW, tl.int64) * padded
     # In a row of NaN, as in one of infinity, no code is nearer than the first.
     nearest = tl.full((TOGETHER,), float("inf"), tl.float64)
     found = tl.zeros((TOGETHER,), tl.int32)
@@ -195,6 +204,7 @@ def rank(
         position = base + tl.arange(0, RANKED)
         code = code_at(position, LANES, DEPTH)
         exists = code < num_codes
+        scale = tl.load(scales_ptr + position // SCALED, mask=exists, other=0.0) if SCALED > 0 else 1.0
         score = tl.zeros((TOGETHER, RANKED), tl.float32)
         score += tl.load(norms_ptr + position, mask=exists, other=0.0)[None, :]
         for first in range(0, DIM, UNROLL):
@@ -202,7 +212,7 @@ def rank(
                 d = tl.full((), first + step, tl.int64)
                 centre = tl.load(centre_ptr + d)
                 value = tl.load(start + d * stride_d, mask=used, other=0.0).to(tl.float32) - centre
-                packed = component(packed_ptr, scales_ptr, padded, d, position, exists, HALVES)
+                packed = component(packed_ptr + d * padded, low, scale, position, exists, SCALED > 0)
                 score = tl.fma(-2.0 * value[:, None], packed[None, :], score)
         candidate = (used[:, None] & exists[None, :]) & ~(score > row_limit[:, None])
         wanted = tl.max(candidate.to(tl.int32), axis=0) > 0

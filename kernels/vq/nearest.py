@@ -8,10 +8,11 @@ from torch import Tensor
 from ..common.launch import Launch, ceil_div
 from ..common.target import Target, target_of
 from . import configs
-from .bound import relative_error_few
+from .bound import relative_error_few, relative_error_many
 from .finish import finish
 from .rows import Rows, rows_of
 from .search_few import pack_few, search_few
+from .search_many import pack_many, search_many
 from .support import refusal
 
 _SAMPLE = 64  # codes whose mean is the centre
@@ -20,8 +21,8 @@ _PROGRAMS = 4  # of the search, per multiprocessor; where the tiles of rows are 
 
 
 def supports(z: Tensor, codebook: Tensor) -> str | None:
-    if z.shape[-1] > configs.FEW:
-        return f"takes up to {configs.FEW} dimensions, not {z.shape[-1]}"
+    if z.shape[-1] > 4096:
+        return f"takes up to 4096 dimensions, not {z.shape[-1]}"
     if codebook.shape[0] > 1 << 28:
         return f"takes up to 2^28 codes, not {codebook.shape[0]}"
     return refusal(z, codebook)
@@ -94,7 +95,68 @@ def _plan_few(rows: Rows, codebook: Tensor, index: Tensor, target: Target) -> li
         num_warps=config.num_warps,
         fuse_multiply_add=False,
     )
-    return [pack, search, _finish(rows, codes, found, splits, index, config, target)]
+    order = {
+        "LANES": config.lanes,
+        "DEPTH": config.depth,
+        "SCALED": 0,
+        "LOW": 0,
+        "scales_ptr": codes["norms_ptr"],
+    }
+    return [pack, search, _finish(rows, codes, found, splits, index, order, target)]
+
+
+def _plan_many(rows: Rows, codebook: Tensor, index: Tensor, target: Target) -> list[Launch]:
+    num_codes, dim = codebook.shape
+    config = configs.many(dim, num_codes, rows.count, target)
+    chunks = ceil_div(dim, config.block_d)
+    padded_dim = chunks * config.block_d
+    tiles_of_codes = ceil_div(num_codes, config.codes)
+    codes = _codes(codebook, (2 * padded_dim, tiles_of_codes * config.codes), torch.float16)
+    scales, largest = (codebook.new_empty(tiles_of_codes, dtype=torch.float32) for _ in range(2))
+    pack = Launch(
+        pack_many,
+        (tiles_of_codes,),
+        {
+            **codes,
+            "scales_ptr": scales,
+            "largest_ptr": largest,
+            "DIM": dim,
+            "PADDED_DIM": padded_dim,
+            "CODES": config.codes,
+            "BLOCK_D": 32,
+            "SAMPLE": _SAMPLE,
+        },
+        num_warps=4,
+        fuse_multiply_add=False,
+    )
+    tiles = ceil_div(rows.count, config.rows)
+    per_split, splits = _splits(tiles, tiles_of_codes, target)
+    found = _found(splits, rows)
+    search = Launch(
+        search_many,
+        (tiles, splits),
+        {
+            **rows.arguments(),
+            **{name: codes[name] for name in ("packed_ptr", "norms_ptr", "padded", "centre_ptr")},
+            **found,
+            "scales_ptr": scales,
+            "largest_ptr": largest,
+            "largest_count": tiles_of_codes,
+            "tiles": tiles_of_codes,
+            "tiles_per_split": per_split,
+            "DIM": dim,
+            "BLOCK_D": config.block_d,
+            "CHUNKS": chunks,
+            "ROWS": config.rows,
+            "CODES": config.codes,
+            "RELATIVE": relative_error_many(padded_dim if chunks == 1 else 3 * padded_dim),
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        fuse_multiply_add=False,
+    )
+    order = {"LANES": 1, "DEPTH": 1, "SCALED": config.codes, "LOW": padded_dim, "scales_ptr": scales}
+    return [pack, search, _finish(rows, codes, found, splits, index, order, target)]
 
 
 def _codes(codebook: Tensor, packed_shape: tuple[int, int], dtype: torch.dtype) -> dict[str, int | Tensor]:
@@ -134,25 +196,22 @@ def _finish(
     found: dict[str, Tensor],
     splits: int,
     index: Tensor,
-    search: configs.FewConfig,
+    order: dict[str, int | Tensor],
     target: Target,
 ) -> Launch:
-    config = configs.finish(rows.dim, target)
+    config = configs.finish(rows.dim, rows.count, target)
     return Launch(
         finish,
         (ceil_div(rows.count, config.rows),),
         {
             **rows.arguments(),
             **codes,
-            "scales_ptr": codes["norms_ptr"],
+            **order,
             **found,
             "splits": splits,
             "index_ptr": index,
             "DIM": rows.dim,
             "UNROLL": _unroll(rows.dim),
-            "HALVES": False,
-            "LANES": search.lanes,
-            "DEPTH": search.depth,
             "ROWS": config.rows,
             "RANKED": config.ranked,
             "TOGETHER": config.together,

@@ -42,7 +42,8 @@ def pack_few(
     exists = code < num_codes
     squares = tl.zeros((BLOCK,), tl.float64)
     for d in tl.static_range(DIM):
-        centre = centre_of(codebook_ptr, stride_k, stride_cd, num_codes, d, SAMPLE)
+        one = tl.full((1,), d, tl.int32)
+        centre = tl.sum(centre_of(codebook_ptr, stride_k, stride_cd, num_codes, one, DIM, SAMPLE), axis=0)
         value = tl.load(codebook_ptr + code * stride_k + d * stride_cd, mask=exists, other=0.0)
         shifted = tl.where(exists, value.to(tl.float64) - centre.to(tl.float64), 0.0)
         squares += shifted * shifted
