@@ -68,9 +68,7 @@ def _pretending(capability: int) -> Iterator[None]:
 def compile_launch(launch: Launch, capability: int) -> Compiled:
     """Compiles through the steps of a real launch: the same specialisations of the same arguments."""
     with _pretending(capability):
-        kernel = launch.kernel.warmup(
-            grid=launch.grid, **launch.arguments, num_warps=launch.num_warps, num_stages=launch.num_stages
-        )
+        kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
     registers, spilled = _resources(kernel.asm["cubin"])
     return Compiled(registers, spilled, kernel.metadata.shared, kernel.asm["ptx"])
 

@@ -13,7 +13,8 @@ import torch
 class Launch:
     """One kernel, its grid and all its arguments by name, compile-time constants included.
 
-    The tensors may be on the device "meta": then it can be compiled, not run.
+    The tensors may be on the device "meta": then it can be compiled, not run. `fuse_multiply_add`: whether the
+    compiler may round a product and a sum once instead of twice; `tl.fma` always does.
     """
 
     kernel: Any
@@ -21,6 +22,16 @@ class Launch:
     arguments: Mapping[str, Any]
     num_warps: int
     num_stages: int = 1
+    fuse_multiply_add: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's options."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fuse_multiply_add,
+        }
 
     def run(self) -> None:
         """Launches on the current stream of the device of the tensors."""
@@ -32,7 +43,7 @@ class Launch:
                 self._launch()
 
     def _launch(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -1,0 +1,144 @@
+"""Configurations of the kernels of this package, by heuristics and by measured tables.
+
+Keys: `dim`, the codes and rows of the problem as powers of two, which is as much as the best choice hangs on.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..common import tables
+from ..common.launch import next_power_of_two
+from ..common.target import Target
+
+OP = "vq"
+# The most dimensions that `search_few.py` is for.
+FEW = 16
+
+
+class FewConfig(NamedTuple):
+    """A program has `rows`, takes `lanes` codes at a time, `unroll` such steps between two jumps, and notes the
+    least of `depth` steps."""
+
+    rows: int
+    lanes: int
+    depth: int
+    unroll: int
+    num_warps: int
+
+
+def key_few(dim: int, num_codes: int, num_rows: int) -> dict[str, int]:
+    return {"dim": dim, "codes": _class_of(num_codes), "rows": _class_of(num_rows)}
+
+
+def _class_of(count: int) -> int:
+    return min(max(next_power_of_two(count), 256), 65536)
+
+
+def few(dim: int, num_codes: int, num_rows: int, target: Target) -> FewConfig:
+    key = key_few(dim, num_codes, num_rows)
+    return tables.choose(OP, "search_few", key, target, FewConfig, lambda: _few(key))
+
+
+def _few(key: dict[str, int]) -> FewConfig:
+    """32 lanes, so that the warps divide the rows, and each loaded code serves all rows of a thread.
+
+    A thread with r rows holds r (dim + 4) numbers over the loop: r is 16 up to 4 dimensions, then 8.
+    """
+    rows_per_warp = 16 if key["dim"] <= 4 else 8
+    depth = 16 if key["dim"] <= 8 and key["codes"] > 512 else 8
+    return FewConfig(64, 32, depth, 2, 64 // rows_per_warp)
+
+
+class ManyConfig(NamedTuple):
+    """A program has `rows`, and takes `codes` and `block_d` dimensions at a time."""
+
+    rows: int
+    codes: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def key_many(dim: int, num_codes: int, num_rows: int) -> dict[str, int]:
+    return {
+        "dim": max(next_power_of_two(dim), 32),
+        "codes": _class_of(num_codes),
+        "rows": _class_of(num_rows),
+    }
+
+
+def many(dim: int, num_codes: int, num_rows: int, target: Target) -> ManyConfig:
+    key = key_many(dim, num_codes, num_rows)
+    return tables.choose(OP, "search_many", key, target, ManyConfig, lambda: _many(key, target))
+
+
+def _many(key: dict[str, int], target: Target) -> ManyConfig:
+    """All dimensions at once where that has room, so that the rows are split into halves but once.
+
+    Where tensor cores read shared memory (sm_90, sm_100): up to 256 dimensions; 128 rows, as with fewer the second
+    level cache cannot deliver the codes in time. Elsewhere the halves of the rows stand in registers: up to 128.
+    """
+    dim = key["dim"]
+    if 90 <= target.capability < 120:
+        if dim > 256:
+            return ManyConfig(64, 64, 64, 8, 2)
+        return ManyConfig(128, 64 if dim <= 128 else 32, dim, 8, 3 if dim <= 64 else 2)
+    if dim > 128:
+        return ManyConfig(64, 128 if dim <= 256 else 64, 32, 8, 2)
+    return ManyConfig(64, 64, dim, 8, 2) if dim <= 64 else ManyConfig(64, 32, dim, 4, 2)
+
+
+class FinishConfig(NamedTuple):
+    """A program has `rows`. Of an open row it takes `ranked` codes at a time, of `together` open rows
+    `together_ranked`."""
+
+    rows: int
+    ranked: int
+    together: int
+    together_ranked: int
+    num_warps: int
+
+
+def key_finish(dim: int, num_rows: int) -> dict[str, int]:
+    return {"dim": next_power_of_two(dim), "rows": _class_of(num_rows)}
+
+
+def finish(dim: int, num_rows: int, target: Target) -> FinishConfig:
+    key = key_finish(dim, num_rows)
+    return tables.choose(OP, "finish", key, target, FinishConfig, lambda: _finish(key))
+
+
+def _finish(key: dict[str, int]) -> FinishConfig:
+    """About two programs for a multiprocessor. In few dimensions each row takes a look at some codes, in many only
+    the open ones do."""
+    rows = max(32, key["rows"] // 256)
+    if key["dim"] <= FEW:
+        return FinishConfig(min(rows, 64), 512, 8, 128, 4)
+    return FinishConfig(rows, 1024, 16, 256, 8)
+
+
+class EmaConfig(NamedTuple):
+    """`unit` rows for a program, taken `block_r` at a time, and `block_d` components of them."""
+
+    unit: int
+    block_r: int
+    block_d: int
+    num_warps: int
+
+
+def key_ema_update(dim: int, num_codes: int, num_rows: int) -> dict[str, int]:
+    return {"dim": next_power_of_two(dim), "codes": _class_of(num_codes), "rows": _class_of(num_rows)}
+
+
+def ema_update(dim: int, num_codes: int, num_rows: int, target: Target) -> EmaConfig:
+    key = key_ema_update(dim, num_codes, num_rows)
+    return tables.choose(OP, "ema_update", key, target, EmaConfig, lambda: _ema_update(key))
+
+
+def _ema_update(key: dict[str, int]) -> EmaConfig:
+    """A tile of about 1024 numbers and two units for the rows that a code has on average, within 128 and 1024."""
+    block_d = min(key["dim"], 128)
+    block_r = max(8, min(1024 // block_d, 64))
+    average = max(1, key["rows"] // key["codes"])
+    return EmaConfig(min(max(2 * average, 128), 1024), block_r, block_d, 1 if block_d < 32 else 2)

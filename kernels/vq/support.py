@@ -1,0 +1,24 @@
+"""What the kernels take."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refusal(*tensors: Tensor) -> str | None:
+    """In one line why the kernels do not take one of the tensors."""
+    for tensor in tensors:
+        if tensor.dtype not in _DTYPES:
+            return f"takes float32, bfloat16 and float16, not {tensor.dtype}"
+        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreted()):
+            return f"runs on CUDA devices, not on {tensor.device.type}"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
