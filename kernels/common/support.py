@@ -10,11 +10,15 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refuse(x: Tensor) -> str | None:
-    """Why no kernel takes this tensor: its dtype, or a device that needs the interpreter."""
-    if x.dtype not in DTYPES:
-        return f"needs float32, bfloat16 or float16, got {x.dtype}"
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted):
-        return f"needs tensors on a CUDA device, got {x.device}"
+def refuse(*tensors: Tensor) -> str | None:
+    """In one line why no kernel takes one of the tensors: its dtype, or a device without Triton."""
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            return f"takes float32, bfloat16 and float16, not {tensor.dtype}"
+        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreted()):
+            return f"runs on CUDA devices, not on {tensor.device.type}"
     return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

@@ -19,11 +19,11 @@ from ..common.launch import Launch, ceil_div
 from ..common.target import Target, target_of
 from . import configs
 from .rows import Rows, rows_of
-from .support import refusal
+from ..common.support import refuse
 
 
 def supports(z: Tensor, indices: Tensor, num_codes: int) -> str | None:
-    return refusal(z)
+    return refuse(z)
 
 
 def forward(z: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from .finish import finish
 from .rows import Rows, rows_of
 from .search_few import pack_few, search_few
 from .search_many import pack_many, search_many
-from .support import refusal
+from ..common.support import refuse
 
 _SAMPLE = 64  # codes whose mean is the centre
 _PACKED = 128  # codes that a program packs
@@ -25,7 +25,7 @@ def supports(z: Tensor, codebook: Tensor) -> str | None:
         return f"takes up to 4096 dimensions, not {z.shape[-1]}"
     if codebook.shape[0] > 1 << 28:
         return f"takes up to 2^28 codes, not {codebook.shape[0]}"
-    return refusal(z, codebook)
+    return refuse(z, codebook)
 
 
 def forward(z: Tensor, codebook: Tensor) -> Tensor:
