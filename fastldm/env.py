@@ -26,17 +26,31 @@ _PACKAGES = (
 )
 
 
+# How far each backend is proven, on the ladder of CONTRIBUTING.md. Rung 6 takes a committed result of
+# `python -m benchmarks prove`.
+PROVEN = {
+    "reference": "rung 1: float64 formulas and PyTorch's autograd",
+    "torch": "rung 1: against the reference; on the CPU only",
+    "cpu": "rung 2: against the reference on every instruction set",
+    "triton": "rungs 3 and 4: against the reference in Triton's interpreter, and compiled for six GPUs; "
+    "no GPU has run it",
+    "cuda": "not written",
+}
+
+
 @dataclass(frozen=True)
 class Report:
     """Versions, hardware, backends and settings; print it or read the fields.
 
-    `backends` is {backend: {operation: None where it is live, else in one line why it is not}}.
+    `backends` is {backend: {operation: None where it is live, else in one line why it is not}}, `proven` how
+    far the kernels of a backend are proven.
     """
 
     versions: dict[str, str]
     cpu: str
     gpu: list[str]
     backends: dict[str, dict[str, str | None]]
+    proven: dict[str, str]
     variables: dict[str, str]
 
     def to_dict(self) -> dict:
@@ -55,6 +69,7 @@ class Report:
             for reason in dict.fromkeys(reasons.values()):
                 absent = ", ".join(op for op in reasons if reasons[op] == reason)
                 lines.append(f"  {backend:<11}not live: {absent} ({reason})")
+        lines += ["", "proven", *(f"  {name:<11}{rung}" for name, rung in self.proven.items())]
         lines += ["", "settings"]
         lines += [f"  {name}={value}" for name, value in self.variables.items()] or [
             "  no FASTLDM_* variable is set"
@@ -112,6 +127,7 @@ def report() -> Report:
         versions=_versions(),
         cpu=_cpu(),
         gpu=_gpu(),
+        proven=PROVEN,
         backends={name: {op: _reason(name, op) for op in dispatch.OPS} for name in dispatch.BACKENDS},
         variables={name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTLDM_")},
     )

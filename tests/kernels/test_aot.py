@@ -11,7 +11,6 @@ import subprocess
 import sys
 
 import pytest
-
 from fastldm.kernels.common.target import KNOWN
 
 OPS = ("attention", "group_norm", "vq")

@@ -280,4 +280,6 @@ def test_env_report(monkeypatch):
         "FASTLDM_BACKEND=auto",
     ):
         assert expected in text
-    assert set(report.to_dict()) == {"versions", "cpu", "gpu", "backends", "variables"}
+    assert set(report.to_dict()) == {"versions", "cpu", "gpu", "backends", "proven", "variables"}
+    assert set(dispatch.BACKENDS) == set(report.proven)
+    assert "no GPU has run it" in text
