@@ -543,7 +543,8 @@ def plan_statistics(grad_out, q, k, v, out, lse, problem: Problem, target) -> tu
         **strides(qm=q, kn=k, vn=v, om=out, gm=grad_out),
         **problem.mask_arguments(),
         **problem.constants(),
-        "CHUNK": 32 if configs.is_wide(problem) else 0,
+        # As where the scores are found again: so their rounding is the same.
+        "CHUNK": configs.wide("wide-gradients", problem, target).block_d if configs.is_wide(problem) else 0,
         "LARGE": LARGE[problem.dtype],
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
