@@ -82,17 +82,17 @@ def take(monkeypatch):
 
         def take(path):
             monkeypatch.setattr(configs, "is_wide", lambda problem: path == "wide")
-            monkeypatch.setattr(configs, "is_short", lambda problem, direction: path == "short")
+            monkeypatch.setattr(configs, "is_short", lambda problem, direction, target: path == "short")
             monkeypatch.setattr(configs, "splits", lambda *_: 3 if path == "split" else 1)
             monkeypatch.setattr(configs, "chunks", lambda problem, target, tiles: -(-tiles // 2))
             # Parts of 32 queries.
             monkeypatch.setattr(wide, "WORKSPACE", 1)
             monkeypatch.setattr(wide, "PAD", 32)
             force(
-                forward=configs.ForwardConfig(32, 16, 4, 1),
-                backward_statistics=configs.BackwardConfig(32, 32, 4, 1),
-                backward_keys=configs.BackwardConfig(16, 32, 4, 1),
-                backward_queries=configs.BackwardConfig(32, 16, 4, 1),
+                forward=configs.TileConfig(32, 16, 4, 1),
+                backward_statistics=configs.TileConfig(32, 32, 4, 1),
+                backward_keys=configs.TileConfig(16, 32, 4, 1),
+                backward_queries=configs.TileConfig(32, 16, 4, 1),
                 short_forward=configs.ShortConfig(16, 4, 1),
                 short_backward=configs.ShortConfig(16, 4, 1),
                 wide_weights=configs.WideConfig(16, 32, 16, 4, 1),
@@ -424,20 +424,11 @@ def test_a_wrong_kernel_fails(name, take, tmp_path, monkeypatch):
     module, old, new, path = MUTATIONS[name]
     take(path)
     broken = mutant(tmp_path, module, old, new)
-    for there, here in (
-        ("plan_long_forward", "plan_forward"),
-        ("plan_long_backward", "plan_backward"),
-        ("plan_short_forward", "plan_short_forward"),
-        ("plan_short_backward", "plan_short_backward"),
-        ("plan_wide_forward", "plan_wide_forward"),
-        ("plan_wide_backward", "plan_wide_backward"),
-    ):
-        # backward.py and forward.py name theirs alike.
-        if hasattr(broken, here) and (module in there or not there.startswith("plan_long")):
-            monkeypatch.setattr(plans, there, getattr(broken, here))
-    monkeypatch.setattr(broken, "WORKSPACE", 1, raising=False)
-    for part in ("forward", "backward"):
-        if module == part:
-            monkeypatch.setattr(plans, f"plan_long_{part}", getattr(broken, f"plan_{part}"))
+    for direction in ("forward", "backward"):
+        for planned in (f"plan_long_{direction}", f"plan_short_{direction}", f"plan_wide_{direction}"):
+            if hasattr(broken, planned):
+                monkeypatch.setattr(plans, planned, getattr(broken, planned))
+    for limit in ("WORKSPACE", "PAD"):
+        monkeypatch.setattr(broken, limit, getattr(wide, limit), raising=False)
     with pytest.raises(AssertionError, match="max error|elements are"):
         probe_mutations(path)
