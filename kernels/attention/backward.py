@@ -523,7 +523,11 @@ def query_kernel(
 
 def plan_statistics(grad_out, q, k, v, out, lse, problem: Problem, target) -> tuple[Launch, torch.Tensor]:
     """The launch, and the statistics (3, B, H, Sq) that it writes."""
-    config = configs.backward("statistics", problem, target)
+    chunk = 0
+    if configs.is_wide(problem):
+        # As where the scores are found again: so they are rounded alike.
+        chunk = configs.choose("wide-gradients", problem, target).block_d
+    config = configs.choose("backward-statistics", problem, target)
     tiles = ceil_div(problem.queries, config.block_m)
     statistics = torch.empty((3, *q.shape[:3]), dtype=torch.float32, device=q.device)
     arguments = {
@@ -543,7 +547,7 @@ def plan_statistics(grad_out, q, k, v, out, lse, problem: Problem, target) -> tu
         **strides(qm=q, kn=k, vn=v, om=out, gm=grad_out),
         **problem.mask_arguments(),
         **problem.constants(),
-        "CHUNK": 32 if configs.is_wide(problem) else 0,
+        "CHUNK": chunk,
         "LARGE": LARGE[problem.dtype],
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -552,7 +556,7 @@ def plan_statistics(grad_out, q, k, v, out, lse, problem: Problem, target) -> tu
     return Launch(statistics_kernel, grid, arguments, config.num_warps, config.num_stages), statistics
 
 
-def plan_backward(grad_out, q, k, v, out, lse, problem: Problem, target) -> tuple[list[Launch], tuple]:
+def plan_long_backward(grad_out, q, k, v, out, lse, problem: Problem, target) -> tuple[list[Launch], tuple]:
     """The launches, and dq, dk, dv (of `result_like`) that they write."""
     both = problem.batch * problem.heads
     results = dq, dk, dv = result_like(q), result_like(k), result_like(v)
@@ -573,9 +577,9 @@ def plan_backward(grad_out, q, k, v, out, lse, problem: Problem, target) -> tupl
         **problem.mask_arguments(),
         **problem.constants(),
     }
-    config = configs.backward("keys", problem, target)
+    config = configs.choose("backward-keys", problem, target)
     tiles = ceil_div(problem.keys, config.block_n)
-    for want_k, want_v in configs.passes(problem):
+    for want_k, want_v in configs.passes("backward-keys", problem, target):
         arguments = {
             **shared,
             "dk_ptr": dk,
@@ -588,7 +592,7 @@ def plan_backward(grad_out, q, k, v, out, lse, problem: Problem, target) -> tupl
             "BLOCK_N": config.block_n,
         }
         launches.append(Launch(key_kernel, (tiles * both,), arguments, config.num_warps, config.num_stages))
-    config = configs.backward("queries", problem, target)
+    config = configs.choose("backward-queries", problem, target)
     tiles = ceil_div(problem.queries, config.block_m)
     arguments = {
         **shared,

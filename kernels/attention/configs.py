@@ -1,81 +1,42 @@
+"""Which kernels a call takes, in which tiles.
+
+The heuristics below were chosen without a GPU at hand: by what the compiler makes of them (registers, spills,
+shared memory, tensor core instructions; tests/kernels) and by count. What a GPU says replaces them: tables, by
+`python -m benchmarks tune`.
+
+- A program of 8 warps by 128 rows gives two warp groups of Hopper 64 rows each, and every row to one warp, so that
+  a softmax needs no exchange between warps.
+- Registers of a thread, of 255: accumulators of 128 rows by 8 warps take half a register a column, so 64 for a
+  head dim of 128; scores another 32 or 64 for 64 or 128 keys a step; in the backward there are two of each.
+- Shared memory of a block, 227 kB on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, sm_89 and sm_120: the resident
+  tile, and the others of a step by the number of stages.
+- mma.sync (sm_80 to sm_89, sm_120) has operands in registers, which wgmma and tcgen05 read from shared memory: so
+  steps are smaller there. From a head dim of 192 on, some of them spill (tens of bytes); nowhere else is that
+  accepted.
+- float32 is computed on the FP32 pipes, operands and results in registers: tiles are small.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 from ..common import tables
-from ..common.launch import ceil_div
+from ..common.launch import ceil_div, next_power_of_two
 from ..common.target import Target
 from .problem import Problem, pieces
 
 OP = "attention"
 
 
-def is_wide(problem: Problem) -> bool:
-    return problem.head_dim > 256
-
-
-def is_short(problem: Problem, direction: str) -> bool:
-    width = sum(pieces(problem.head_dim))
-    if problem.dtype == "float32":
-        return problem.keys <= 128 and width <= 64
-    return problem.keys <= 128 and width <= 192
-
-
-class ForwardConfig(NamedTuple):
+class TileConfig(NamedTuple):
     """BLOCK_M queries by BLOCK_N keys a step."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-
-
-def forward_key(problem: Problem) -> dict:
-    return {"head_dim": problem.head_dim, "dtype": problem.dtype}
-
-
-def forward(problem: Problem, target: Target) -> ForwardConfig:
-    def heuristic() -> ForwardConfig:
-        width = sum(pieces(problem.head_dim))
-        if problem.dtype == "float32":
-            return ForwardConfig(32, 32, 4, 1)
-        if width <= 96:
-            return ForwardConfig(128, 128, 8, 3)
-        return ForwardConfig(128, 64, 8, 2)
-
-    return tables.choose(OP, "forward", forward_key(problem), target, ForwardConfig, heuristic)
-
-
-def splits(problem: Problem, target: Target, config: ForwardConfig) -> int:
-    programs = ceil_div(problem.queries, config.block_m) * problem.batch * problem.heads
-    key_tiles = ceil_div(problem.keys, config.block_n)
-    return max(1, min(target.multiprocessors // programs, problem.keys // 512, 8, key_tiles))
-
-
-class BackwardConfig(NamedTuple):
-    """BLOCK_M queries by BLOCK_N keys a step."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def passes(problem: Problem) -> tuple[tuple[bool, bool], ...]:
-    """(dk, dv) that one program holds together, per launch."""
-    return ((True, True),) if problem.head_dim <= 128 else ((True, False), (False, True))
-
-
-def backward(kernel: str, problem: Problem, target: Target) -> BackwardConfig:
-    def heuristic() -> BackwardConfig:
-        if kernel == "statistics":
-            return BackwardConfig(16, 16, 4, 1) if problem.head_dim > 256 else BackwardConfig(32, 32, 4, 1)
-        if problem.dtype == "float32":
-            return BackwardConfig(32, 32, 4, 1)
-        return BackwardConfig(64, 128, 8, 2) if kernel == "keys" else BackwardConfig(128, 64, 8, 2)
-
-    return tables.choose(OP, f"backward-{kernel}", forward_key(problem), target, BackwardConfig, heuristic)
 
 
 class ShortConfig(NamedTuple):
@@ -86,29 +47,8 @@ class ShortConfig(NamedTuple):
     num_stages: int
 
 
-def key_pieces(keys: int) -> tuple[int, int]:
-    """One or two powers of two that cover the keys of a short kernel: 77 = 64 + 16."""
-    first, second, third = pieces(keys)
-    return (2 * first, 0) if third else (first, second)
-
-
-def chunks(problem: Problem, target: Target, tiles: int) -> int:
-    wanted = ceil_div(4 * target.multiprocessors, problem.batch * problem.heads)
-    return ceil_div(tiles, ceil_div(tiles, min(tiles, wanted)))
-
-
-def short(kernel: str, problem: Problem, target: Target) -> ShortConfig:
-    def heuristic() -> ShortConfig:
-        if problem.dtype == "float32":
-            return ShortConfig(32, 4, 1)
-        return ShortConfig(64, 4, 2)
-
-    key = {**forward_key(problem), "keys": sum(key_pieces(problem.keys))}
-    return tables.choose(OP, kernel, key, target, ShortConfig, heuristic)
-
-
 class WideConfig(NamedTuple):
-    """Products [block_m, ...] x [..., block_n]; block_d of the head dim, a step or the width of a program."""
+    """A tile of the weights, and as much of the head dim: a step where they are made, else what a program gives."""
 
     block_m: int
     block_n: int
@@ -117,12 +57,143 @@ class WideConfig(NamedTuple):
     num_stages: int
 
 
-def wide(kernel: str, problem: Problem, target: Target) -> WideConfig:
-    def heuristic() -> WideConfig:
-        if problem.dtype == "float32":
-            return WideConfig(64, 64, 16, 4, 1) if kernel in ("wide-weights", "wide-gradients") else WideConfig(64, 16, 64, 4, 1)
-        if kernel in ("wide-weights", "wide-gradients"):
-            return WideConfig(128, 128, 64, 8, 3)
-        return WideConfig(128, 64, 128, 8, 3)
+KERNELS = {
+    **dict.fromkeys(("forward", "backward-statistics", "backward-keys", "backward-queries"), TileConfig),
+    **dict.fromkeys(("short-forward", "short-backward"), ShortConfig),
+    **dict.fromkeys(
+        ("wide-weights", "wide-values", "wide-gradients", "wide-product", "wide-transposed"), WideConfig
+    ),
+}
 
-    return tables.choose(OP, kernel, forward_key(problem), target, WideConfig, heuristic)
+
+def _registers_hold_operands(target: Target) -> bool:
+    """mma.sync, in place of wgmma (sm_90) or tcgen05 (sm_100 and its kin)."""
+    return target.capability < 90 or target.capability >= 120
+
+
+def is_wide(problem: Problem) -> bool:
+    return problem.head_dim > 256
+
+
+def is_short(problem: Problem, direction: str, target: Target) -> bool:
+    """Whether k and v (and in the backward their gradients) of a head stay on chip."""
+    if problem.keys > 128:
+        return False
+    width = sum(pieces(problem.head_dim))
+    if problem.dtype == "float32":
+        held = next_power_of_two(problem.keys) * width
+        return held <= (4096 if direction == "forward" else 1024)
+    return width <= (128 if direction == "backward" and _registers_hold_operands(target) else 192)
+
+
+def key_of(kernel: str, problem: Problem) -> dict:
+    """What a configuration is chosen by."""
+    key = {"head_dim": problem.head_dim, "dtype": problem.dtype}
+    if KERNELS[kernel] is ShortConfig:
+        key["keys"] = next_power_of_two(max(16, problem.keys))
+    return key
+
+
+def choose(kernel: str, problem: Problem, target: Target) -> TileConfig | ShortConfig | WideConfig:
+    key = key_of(kernel, problem)
+    return tables.choose(OP, kernel, key, target, KERNELS[kernel], lambda: heuristic(kernel, key, target))
+
+
+def heuristic(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfig | WideConfig:
+    width = sum(pieces(key["head_dim"]))
+    if key["dtype"] == "float32":
+        return _float32(kernel, width)
+    by_registers = _registers_hold_operands(target)
+    if kernel == "forward":
+        if by_registers:
+            if width > 128:
+                return TileConfig(64, 32, 4, 1) if width == 256 else TileConfig(128, 32, 8, 2)
+            return TileConfig(128, 128, 8, 3) if width <= 48 else TileConfig(128, 64, 8, 3)
+        if width <= 96:
+            return TileConfig(128, 128, 8, 3)
+        if width > 160:
+            return TileConfig(128, 32 if width == 256 and target.capability >= 100 else 64, 8, 2)
+        return TileConfig(128, 64, 8, 3) if width == 112 else TileConfig(128, 128, 8, 2)
+    if kernel == "backward-statistics":
+        return TileConfig(16, 16, 4, 1) if width > 256 else TileConfig(32, 32, 4, 1)
+    if kernel == "backward-keys":
+        if by_registers:
+            if width > 112:
+                return TileConfig(32, 64, 4, 1 if width == 256 else 2)
+            return TileConfig(64 if width <= 64 else 32, 128, 8, 2)
+        return TileConfig(64 if width <= 96 or (width in (144, 160) and target.capability == 90) else 32, 128, 8, 2)
+    if kernel == "backward-queries":
+        if by_registers:
+            if width > 128:
+                return TileConfig(64, 16, 4, 1)
+            return TileConfig(128, 64 if width <= 64 else 32, 8, 2)
+        return TileConfig(128, 64 if width <= 208 else 32, 8, 2)
+    if kernel == "short-forward":
+        return ShortConfig(64, 4, 2) if width <= 160 or by_registers else ShortConfig(128, 8, 2)
+    if kernel == "short-backward":
+        if by_registers:
+            return ShortConfig(64 if width <= 32 else 32, 8, 2 if width <= 64 else 1)
+        return ShortConfig(64 if width <= 160 else 32, 8, 2)
+    if kernel in ("wide-weights", "wide-gradients"):
+        return WideConfig(128, 64 if by_registers and kernel == "wide-gradients" else 128, 64, 8, 3)
+    return WideConfig(128, 64, 128, 8, 3)
+
+
+def _float32(kernel: str, width: int) -> TileConfig | ShortConfig | WideConfig:
+    if KERNELS[kernel] is ShortConfig:
+        return ShortConfig(32, 4, 1)
+    if KERNELS[kernel] is WideConfig:
+        made = kernel in ("wide-weights", "wide-gradients")
+        return WideConfig(64, 64, 16, 4, 1) if made else WideConfig(64, 16, 64, 4, 1)
+    return TileConfig(32, 32, 4, 1) if width <= 64 else TileConfig(16, 16, 4, 1)
+
+
+def passes(kernel: str, problem: Problem, target: Target) -> tuple[tuple[bool, bool], ...]:
+    """(dk, dv) that one program holds together, per launch."""
+    together = 128
+    if kernel == "short-backward":
+        together = 64 if _registers_hold_operands(target) else 80
+    return ((True, True),) if sum(pieces(problem.head_dim)) <= together else ((True, False), (False, True))
+
+
+def key_pieces(keys: int) -> tuple[int, int]:
+    """One or two powers of two that cover the keys of the short forward: 77 = 64 + 16."""
+    first, second, third = pieces(keys)
+    return (2 * first, 0) if third else (first, second)
+
+
+def splits(problem: Problem, target: Target, config: TileConfig) -> int:
+    """Parts of the keys: while programs are fewer than multiprocessors, of 512 keys or more."""
+    programs = ceil_div(problem.queries, config.block_m) * problem.batch * problem.heads
+    return max(1, min(target.multiprocessors // programs, problem.keys // 512, 16))
+
+
+def chunks(problem: Problem, target: Target, tiles: int) -> int:
+    """Parts of the queries of a head, for about four programs a multiprocessor and none without a tile."""
+    wanted = ceil_div(4 * target.multiprocessors, problem.batch * problem.heads)
+    return ceil_div(tiles, ceil_div(tiles, min(tiles, wanted)))
+
+
+def candidates(kernel: str, key: dict, target: Target) -> Iterator[TileConfig | ShortConfig | WideConfig]:
+    """What to measure: the heuristic's choice first, then what is near it."""
+    first = heuristic(kernel, key, target)
+    yield first
+    for values in product(*(_near(name, value) for name, value in zip(first._fields, first))):
+        config = type(first)(*values)
+        if config != first and _sensible(config, key["dtype"]):
+            yield config
+
+
+def _near(name: str, value: int) -> tuple[int, ...]:
+    if name == "num_warps":
+        return (4, 8)
+    if name == "num_stages":
+        return (1, 2, 3, 4)
+    least, most = (16, 128) if name != "block_d" else (16, 256)
+    return tuple(n for n in (value // 2, value, 2 * value) if least <= n <= most)
+
+
+def _sensible(config: NamedTuple, dtype: str) -> bool:
+    """Rows enough for the warps; and where products are not asynchronous, no stages."""
+    rows = max(config.block_m, getattr(config, "block_n", 0))
+    return rows >= 16 * config.num_warps // 2 and not (dtype == "float32" and config.num_stages > 1)

@@ -255,9 +255,9 @@ def combine_kernel(
         tl.store(lse_ptr + places, lse, mask=inside)
 
 
-def plan_forward(q, k, v, problem: Problem, need_lse: bool, target) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
+def plan_long_forward(q, k, v, problem: Problem, need_lse: bool, target):
     """The launches, and out (of `result_like`) and lse (B, H, Sq) that they write; an empty lse if not needed."""
-    config = configs.forward(problem, target)
+    config = configs.choose("forward", problem, target)
     splits = configs.splits(problem, target, config)
     batch, heads, queries, head_dim = q.shape
     out = result_like(q)

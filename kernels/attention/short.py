@@ -325,7 +325,7 @@ def _shared(q, k, v, problem: Problem, config, chunks: int, tiles: int) -> dict:
 
 def plan_short_forward(q, k, v, problem: Problem, need_lse: bool, target):
     """As `plan_forward`."""
-    config = configs.short("short-forward", problem, target)
+    config = configs.choose("short-forward", problem, target)
     tiles = ceil_div(problem.queries, config.block_m)
     chunks = configs.chunks(problem, target, tiles)
     out = result_like(q)
@@ -346,7 +346,7 @@ def plan_short_forward(q, k, v, problem: Problem, need_lse: bool, target):
 
 def plan_short_backward(grad_out, q, k, v, problem: Problem, target):
     """As `plan_backward`."""
-    config = configs.short("short-backward", problem, target)
+    config = configs.choose("short-backward", problem, target)
     tiles = ceil_div(problem.queries, config.block_m)
     chunks = configs.chunks(problem, target, tiles)
     both = problem.batch * problem.heads
@@ -363,7 +363,7 @@ def plan_short_backward(grad_out, q, k, v, problem: Problem, target):
         **strides(qm=q, kn=k, vn=v, gm=grad_out, xm=dq),
     }
     launches = []
-    for want_k, want_v in configs.passes(problem):
+    for want_k, want_v in configs.passes("short-backward", problem, target):
         wanted = {**arguments, "WANT_K": want_k, "WANT_V": want_v}
         launches.append(
             Launch(short_backward_kernel, (chunks * both,), wanted, config.num_warps, config.num_stages)

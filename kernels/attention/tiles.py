@@ -22,9 +22,10 @@ INFINITY = tl.constexpr(float("inf"))
 @triton.jit
 def dot(a, b, acc):
     """acc + a b, summed in float32."""
-    if INTERPRETED and a.dtype != tl.float32:
-        # numpy has no bfloat16, it would multiply the bits; and where products are huge, its order of summation
-        # shows, which is not the same for all elements as it is in a tensor core.
+    if INTERPRETED:
+        # numpy would multiply the bits of bfloat16. And its order of summation differs from element to element, and
+        # between a product and its transpose: where scores are huge that shows in exp(score - lse). A GPU adds in
+        # one order.
         product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
         if acc is not None:
             product += acc

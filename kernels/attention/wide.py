@@ -378,8 +378,8 @@ def _constants(problem: Problem) -> dict:
 
 def plan_wide_forward(q, k, v, problem: Problem, need_lse: bool, target):
     """As `plan_forward`."""
-    tile = configs.wide("wide-weights", problem, target)
-    product = configs.wide("wide-values", problem, target)
+    tile = configs.choose("wide-weights", problem, target)
+    product = configs.choose("wide-values", problem, target)
     both = problem.batch * problem.heads
     out = result_like(q)
     lse = torch.empty(q.shape[:3] if need_lse else (0,), dtype=torch.float32, device=q.device)
@@ -446,7 +446,7 @@ def plan_wide_forward(q, k, v, problem: Problem, need_lse: bool, target):
 
 def plan_wide_backward(grad_out, q, k, v, out, lse, problem: Problem, target):
     """As `plan_backward`."""
-    tile = configs.wide("wide-gradients", problem, target)
+    tile = configs.choose("wide-gradients", problem, target)
     both = problem.batch * problem.heads
     results = dq, dk, dv = result_like(q), result_like(k), result_like(v)
     launch, statistics = plan_statistics(grad_out, q, k, v, out, lse, problem, target)
@@ -492,7 +492,7 @@ def plan_wide_backward(grad_out, q, k, v, out, lse, problem: Problem, target):
             (ds, q, dk, sums[1], problem.scale, problem.keys, problem.queries, 0, first, True, ends),
             (ds, k, dq, None, problem.scale, problem.queries, problem.keys, first, 0, False, alone),
         ):
-            config = configs.wide("wide-transposed" if transposed else "wide-product", problem, target)
+            config = configs.choose("wide-transposed" if transposed else "wide-product", problem, target)
             tiles = (pitch if transposed else rows) // config.block_m
             arguments = {
                 "weights_ptr": w,

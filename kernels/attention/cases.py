@@ -1,0 +1,134 @@
+"""Launches to compile ahead of time, from tensors without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+
+import torch
+
+from ..common import tables
+from ..common.launch import Launch
+from ..common.target import Target
+from . import configs
+from .plans import plan_backward, plan_forward
+from .problem import pieces, problem_of
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Head dims with pieces of their own, beside those of real layers.
+OTHER_HEAD_DIMS = (8, 48, 72, 96, 104, 128, 144, 176, 192, 208, 224, 256)
+
+
+def plan(
+    shape: tuple[int, int, int, int, int],
+    dtype: str,
+    target: Target,
+    *,
+    mask: str = "none",
+    is_causal: bool = False,
+    scale: float | None = None,
+    need_lse: bool = True,
+    aligned: bool = True,
+) -> list[Launch]:
+    """Forward and backward of (B, H, Sq, Sk, D). Masks: "none", "keys", "full", "bias" or "bias-keys"."""
+    batch, heads, queries, keys, head_dim = shape
+
+    def tensor(length: int) -> torch.Tensor:
+        size = head_dim if aligned else head_dim + 1
+        x = torch.empty(batch, heads, length, size, dtype=DTYPES[dtype], device="meta")
+        return x[..., :head_dim]
+
+    q, k = tensor(queries), tensor(keys)
+    masks = {
+        "none": None,
+        "keys": torch.empty(batch, 1, 1, keys, dtype=torch.bool, device="meta"),
+        "full": torch.empty(batch, heads, queries, keys, dtype=torch.bool, device="meta"),
+        "bias": torch.empty(batch, heads, queries, keys, device="meta"),
+        "bias-keys": torch.empty(batch, 1, 1, keys, device="meta"),
+    }
+    problem = problem_of(q, k, masks[mask], is_causal, scale)
+    launches, out, _ = plan_forward(q, k, k, problem, need_lse, target)
+    if need_lse:
+        lse = torch.empty(batch, heads, queries, device="meta")
+        launches = launches + plan_backward(q, q, k, k, out, lse, problem, target)[0]
+    return launches
+
+
+def _calls(target: Target, layers: Mapping[str, tuple]) -> Iterator[tuple[str, list[Launch]]]:
+    """The layers and every set of pieces in bfloat16; on sm_90 also the options, at two head dims, and the other
+    dtypes."""
+    everything = target.capability == 90
+    for name, shape in layers.items():
+        for dtype in DTYPES if everything else ("bfloat16",):
+            yield f"{name} {dtype}", plan(tuple(shape), dtype, target)
+    for head_dim in OTHER_HEAD_DIMS:
+        for keys in (1024, 77):
+            yield f"d{head_dim} k{keys}", plan((2, 8, 1024, keys, head_dim), "bfloat16", target)
+    yield "d40 float32", plan((2, 8, 1024, 1024, 40), "float32", target)
+    yield "split", plan((1, 1, 64, 8192, 64), "bfloat16", target)
+    if not everything:
+        yield "d40 causal keys", plan((2, 8, 1024, 1024, 40), "bfloat16", target, mask="keys", is_causal=True)
+        return
+    yield "128 keys", plan((2, 8, 1024, 128, 40), "bfloat16", target)
+    for keys in (1024, 77):
+        for mask in ("keys", "full", "bias", "bias-keys"):
+            for is_causal in (False, True):
+                name = f"d40 k{keys} {mask} causal={is_causal}"
+                shape = (2, 8, 1024, keys, 40)
+                yield name, plan(shape, "bfloat16", target, mask=mask, is_causal=is_causal)
+        for options in ({"is_causal": True}, {"scale": -1.0}, {"need_lse": False}, {"aligned": False}):
+            yield f"d64 k{keys} {options}", plan((2, 8, 1024, keys, 64), "bfloat16", target, **options)
+    yield "d512 bias causal", plan((1, 1, 1024, 1024, 512), "bfloat16", target, mask="bias", is_causal=True)
+    yield "d512 in parts", plan((1, 1, 16384, 16384, 512), "bfloat16", target)
+
+
+def _tabled(target: Target) -> Iterator[tuple[str, list[Launch]]]:
+    """Every entry of the tables of this target, in a call that takes it."""
+    for (kernel, frozen), config in tables.entries(configs.OP, target.capability).items():
+        key = dict(frozen)
+        shape = (2, 8, 1024, key.get("keys", 1024), key["head_dim"])
+        forced = tables.forcing(configs.OP, kernel, configs.KERNELS[kernel](**config))
+        with forced if kernel in configs.KERNELS else nullcontext():
+            yield f"table {kernel} {key}", plan(shape, key["dtype"], target)
+
+
+def _identity(launch: Launch) -> tuple:
+    """What the compiled code depends on."""
+
+    def kind(value):
+        if isinstance(value, torch.Tensor):
+            return str(value.dtype)
+        return type(value).__name__ if isinstance(value, float) else value
+
+    constants = {name: kind(value) for name, value in launch.arguments.items() if name.isupper() or name[-1].isdigit()}
+    pointers = {name: kind(v) for name, v in launch.arguments.items() if name.endswith("_ptr")}
+    return (
+        launch.kernel.fn.__name__,
+        tuple(sorted(constants.items())),
+        tuple(sorted(pointers.items(), key=str)),
+        launch.num_warps,
+        launch.num_stages,
+    )
+
+
+def aot_launches(target: Target, layers: Mapping[str, Iterable[int]]) -> Iterator[tuple[str, Launch]]:
+    """(name, launch), none twice. `layers`: name -> (B, H, Sq, Sk, D)."""
+    seen = set()
+    for source in (_calls(target, layers), _tabled(target)):
+        for name, launches in source:
+            for launch in launches:
+                identity = _identity(launch)
+                if identity not in seen:
+                    seen.add(identity)
+                    yield f"{name}: {launch.kernel.fn.__name__}", launch
+
+
+def may_spill(launch: Launch, target: Target) -> bool:
+    """Where no claim is made: mma.sync at a head dim of 192 and more, and float32."""
+    width = sum(pieces(launch.arguments["HEAD_DIM"]))
+    float32 = any(
+        isinstance(x, torch.Tensor) and x.dtype == torch.float32
+        for name, x in launch.arguments.items()
+        if name in ("q_ptr", "v_ptr", "x_ptr")
+    )
+    return float32 or (width >= 192 and (target.capability < 90 or target.capability >= 120))
