@@ -330,6 +330,11 @@ static inline Moments moments_around(double shift, double count, double sum, dou
   return {count, shift + offset, around_mean < 0.0 ? 0.0 : around_mean};  // NaN stays
 }
 
+// Sums around a shift far from the mean cancel: what counts is squares - sum^2 / count. Where that costs two bits
+// a block is summed again around the mean that came out. Once is enough: the mean of k among n elements is at most
+// sqrt(n / k) standard deviations from that of all, so what came out is off in its last places only.
+constexpr float kMostCancelled = 0.75f;
+
 // Beyond 1e17 or so squares leave the range of float32.
 template <class T>
 static Moments moments_in_double(const T* x, std::int64_t count, std::int64_t stride) {

@@ -209,13 +209,31 @@ def test_inference_mode():
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("where", [0, 1, 100, -1])
-def test_one_outlier(where, layout):
+@pytest.mark.parametrize("size", [1e5, 1e8])
+def test_one_outlier(size, where, layout):
     """The sums run around the mean of the first elements, which an outlier pulls far away."""
     inputs = affine(group_norm_inputs(GroupNormShape((1, 8, 64, 64), 2), torch.float32))
-    inputs["x"].flatten()[where] = 1e5
+    inputs["x"].flatten()[where] = size
     if layout == "channels-last":
         inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
     check(inputs, 2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("size", [1e4, 1e5, 1e8, 1e12])
+@pytest.mark.parametrize("shape", [(1, 40, 64, 64), (1, 32, 48, 48), (2, 12, 24, 24)])
+def test_statistics_with_an_outlier(shape, size, layout):
+    """The variance is that of two passes: 8 eps is the most that 16 additions to a large square lose."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x[:, 0, 0, 0] = size
+    groups = x.double().reshape(shape[0], 4, -1)
+    if layout == "channels-last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    _, mean, rstd = torch.ops.fastldm.group_norm(x, 4, None, None, 1e-5, None, None, None, None, "cpu")
+    variance = groups.var(-1, correction=0) + 1e-5
+    eps = torch.finfo(torch.float32).eps
+    assert ((rstd.double() ** -2 / variance - 1).abs() <= 8 * eps).all()
+    assert ((mean.double() - groups.mean(-1)).abs() <= 8 * eps * variance.sqrt()).all()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
