@@ -210,7 +210,7 @@ static void finish_statistics(const GroupNormForward& call, std::int64_t n, Samp
     call.mean[n * call.groups + g] = static_cast<float>(mean);
     call.rstd[n * call.groups + g] = static_cast<float>(rstd);
     for (std::int64_t c = begin; c < end; ++c) {
-      const Affine affine(Channel(call, n, c, mean), rstd, call.silu);
+      const Affine affine(call, Channel(call, n, c, mean), rstd);
       const std::int64_t i = slot<T>(c, call.channels);
       scratch.centre[i] = affine.centre;
       scratch.a[i] = affine.a;

@@ -171,7 +171,7 @@ static void normalize_slab(const GroupNormForward& call, const Slab& slab, bool 
     for (std::int64_t i = end - 1; i >= begin; --i) {
       const auto unit = units[i];
       const Channel channel(call, slab.n, slab.first_channel + unit.row, moments.mean);
-      normalize_row<Silu, Stream>(x + unit.begin, y + unit.begin, unit.count, Affine(channel, rstd, Silu),
+      normalize_row<Silu, Stream>(x + unit.begin, y + unit.begin, unit.count, Affine(call, channel, rstd),
                                   fetch_next ? slab.length : 0);
     }
     if (Stream) finish_streaming();

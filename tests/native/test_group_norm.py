@@ -275,6 +275,21 @@ def test_silu_far_from_zero(size):
     check(inputs, 2, activation="silu")
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [-1e4, -1e30, -3e38, -torch.inf, 1e4, 1e30, 1e35, 2e38, torch.inf])
+def test_silu_of_a_huge_bias(bias, dtype, layout):
+    """0 far below zero, x far above it, with a slope of 0 and 1; at infinity what PyTorch gives."""
+    inputs = group_norm_inputs(GroupNormShape((2, 40, 9, 7), 2), dtype, layout=layout)
+    inputs = {"x": inputs["x"], "grad": inputs["grad"], "bias": torch.full((40,), bias)}
+    results = run(ops.group_norm, inputs, 2, activation="silu", backend="cpu")
+    doubles = {name: value.double().contiguous() for name, value in inputs.items()}
+    truth = run(plain_group_norm, doubles, 2, activation="silu")
+    for name, result in results.items():
+        exact = truth[name].to(result.dtype)
+        assert_as_accurate(result, truth[name], exact, name, terms=20 * 63)
+
+
 def test_float64_is_refused():
     with pytest.raises(UnsupportedError, match="float64"):
         ops.group_norm(torch.randn(1, 4, 3, dtype=torch.float64), 2, backend="cpu")
