@@ -138,6 +138,13 @@ def test_channels_around_vectors(dtype):
         check(affine(group_norm_inputs(shape, dtype, layout="channels-last")), 4, activation="silu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pixels", [2**17, 2**17 + 1])
+def test_slopes_that_are_kept_or_found_twice(pixels, dtype):
+    """The gradient's second pass has SiLU's slopes in memory, but not those of over 1 MB in a group."""
+    check(affine(group_norm_inputs(GroupNormShape((1, 2, pixels), 1), dtype)), 1, activation="silu")
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", [None, "silu"])
@@ -266,6 +273,21 @@ def test_mean_that_float32_cannot_hold(mean, std, layout):
     truth = run(plain_group_norm, doubles, 4, activation="silu")
     for name, result in results.items():
         assert_as_accurate(result, truth[name], truth[name].float(), name, terms=10 * 256)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_rounding_of_the_saved_mean(activation, layout):
+    """Off by up to 2e-6 standard deviations, which a gradient around 10 multiplies by 10 unless the sum of
+    the normalised x takes it out.
+    """
+    shape = GroupNormShape((2, 8, 8, 8), 2)
+    inputs = group_norm_inputs(shape, torch.float32, layout=layout, mean=60.0, std=1.0)
+    inputs = {"x": inputs["x"], "grad": inputs["grad"] + 10.0}
+    result = run(ops.group_norm, inputs, 2, activation=activation, backend="cpu")["x"]
+    doubles = {name: value.double().contiguous() for name, value in inputs.items()}
+    truth = run(plain_group_norm, doubles, 2, activation=activation)["x"]
+    assert_as_accurate(result, truth, truth.float(), terms=4 * 64)
 
 
 @pytest.mark.parametrize("size", [50.0, 100.0, 1e4, 1e10])
