@@ -27,6 +27,7 @@ struct ChannelSums {
 // for this xhat, which misses the residual of the mean, and with SiLU for du / -log2(e) (silu_slope).
 struct ChannelGradient {
   Channel exact;
+  double du_scale;
   float centre, rstd, gain, offset;
   float p, q, r;
 };
@@ -49,6 +50,16 @@ static void start_group(const GroupNormBackward& call, std::int64_t n, std::int6
     channels[i].rstd = quiet_nan(rstd);
     channels[i].gain = quiet_nan(scale * channel.gain);
     channels[i].offset = quiet_nan(scale * (channel.offset - channel.residual * rstd * channel.gain));
+    channels[i].du_scale = scale;
+    if constexpr (Silu) {
+      const Saturation saturation(call, channel);
+      if (saturation.low || saturation.high) {
+        // Slopes of 0 and 1. A limited argument gives the one but for 2^-113, and the scale makes it exact.
+        channels[i].gain = 0.0f;
+        channels[i].offset = static_cast<float>(saturation.low ? kLargestExponent : -kLargestExponent);
+        channels[i].du_scale = saturation.low ? 0.0 : scale;
+      }
+    }
   }
 }
 
@@ -60,7 +71,6 @@ static void finish_group(const GroupNormBackward& call, std::int64_t n, std::int
                          ChannelSums* sums, ChannelGradient* channels, double* parameter_sums) {
   const std::int64_t count = call.channels / call.groups;
   const double rstd = call.rstd[n * call.groups + g];
-  const double du_scale = Silu ? static_cast<double>(kMinusLog2E) : 1.0;
   const double pixels = static_cast<double>(call.pixels), elements = pixels * static_cast<double>(count);
   // The sum of xhat over a group is 0 but for the rounding of the mean, which it so reveals.
   double drift = 0.0;
@@ -72,8 +82,8 @@ static void finish_group(const GroupNormBackward& call, std::int64_t n, std::int
   for (std::int64_t i = 0; i < count; ++i) {
     const Channel& channel = channels[i].exact;
     const double error = channel.residual * rstd + drift;
-    sums[i].du *= du_scale;
-    sums[i].du_xhat = sums[i].du_xhat * du_scale - error * sums[i].du;
+    sums[i].du *= channels[i].du_scale;
+    sums[i].du_xhat = sums[i].du_xhat * channels[i].du_scale - error * sums[i].du;
     sums[i].xhat -= error * pixels;
     p0 += channel.gain * sums[i].du;
     p1 += channel.gain * sums[i].du_xhat;
@@ -84,7 +94,7 @@ static void finish_group(const GroupNormBackward& call, std::int64_t n, std::int
     const std::int64_t c = g * count + i, nc = n * call.channels + c;
     const Channel& channel = channels[i].exact;
     const double error = channel.residual * rstd + drift;
-    channels[i].p = quiet_nan(du_scale * rstd * channel.gain);
+    channels[i].p = quiet_nan(channels[i].du_scale * rstd * channel.gain);
     channels[i].q = quiet_nan(-rstd * p1);
     channels[i].r = quiet_nan(-rstd * (p0 - error * p1));
     if (call.grad_channel_bias) {

@@ -261,8 +261,11 @@ static inline void for_units(bool threads, std::int64_t units, std::int64_t unit
 
 constexpr float kMinusLog2E = -1.44269504088896341f;
 
-// exp(-u) = 2^t, relative error 2^-22 or, coarse, 2^-13; t beyond +-120 counts as 120, which keeps it and its
-// reciprocal normal numbers. The polynomials are minimax for 2^f over |f| <= 1/2.
+// 2^t has t limited to +-120, which keeps it and its reciprocal normal numbers. So t itself must not be huge: see
+// Saturation.
+constexpr double kLargestExponent = 120.0;
+
+// exp(-u) = 2^t, relative error 2^-22 or, coarse, 2^-13. The polynomials are minimax for 2^f over |f| <= 1/2.
 template <bool Coarse>
 static inline Vec exp2_limited(Vec t) {
   const Vec magic = Vec::broadcast(0x1.8p23f);  // adding it rounds to a whole number
@@ -330,6 +333,11 @@ static inline Moments moments_around(double shift, double count, double sum, dou
   return {count, shift + offset, around_mean < 0.0 ? 0.0 : around_mean};  // NaN stays
 }
 
+// Sums around a shift far from the mean cancel: what counts is squares - sum^2 / count. Where that costs two bits
+// a block is summed again around the mean that came out. Once is enough: the mean of k among n elements is at most
+// sqrt(n / k) standard deviations from that of all, so what came out is off in its last places only.
+constexpr float kMostCancelled = 0.75f;
+
 // Beyond 1e17 or so squares leave the range of float32.
 template <class T>
 static Moments moments_in_double(const T* x, std::int64_t count, std::int64_t stride) {
@@ -370,14 +378,31 @@ struct Channel {
   }
 };
 
+// Whether the argument t = -log2(e) u of SiLU is beyond the limit of its exponent for a whole channel: |xhat| is at
+// most sqrt(elements) in a group. The loops would multiply the limited exponential by the unlimited t.
+struct Saturation {
+  bool low, high;  // u far below and far above 0; neither where anything is infinite or NaN
+
+  Saturation(const GroupNormProblem& call, const Channel& channel) {
+    const double elements = static_cast<double>(call.channels / call.groups * call.pixels);
+    const double scale = static_cast<double>(kMinusLog2E), t = scale * channel.offset;
+    const double reach = __builtin_fabs(scale * channel.gain) * __builtin_sqrt(elements) + kLargestExponent;
+    low = t > reach && t < __builtin_inf();
+    high = t < -reach && t > -__builtin_inf();
+  }
+};
+
 // y = act'((x - centre) * a + b), where act' takes -log2(e) u for SiLU and u for none.
 struct Affine {
   float centre, a, b;
 
-  Affine(const Channel& channel, double rstd, bool silu) : centre(channel.centre) {
-    const double scale = silu ? static_cast<double>(kMinusLog2E) : 1.0, slope = channel.gain * rstd;
+  Affine(const GroupNormProblem& call, const Channel& channel, double rstd) : centre(channel.centre) {
+    const double scale = call.silu ? static_cast<double>(kMinusLog2E) : 1.0, slope = channel.gain * rstd;
     a = quiet_nan(scale * slope);
     b = quiet_nan(scale * (channel.offset - channel.residual * slope));
+    if (!call.silu) return;
+    if (Saturation(call, channel).low) a = b = 0.0f;  // SiLU(0) is 0, too
+    if (channel.offset == -__builtin_inf()) b = __builtin_nanf("");  // -inf * 0
   }
 };
 

@@ -74,16 +74,50 @@ static inline void add_pixels(const T* x, std::int64_t channels, const ChunkSums
   });
 }
 
-// The shift is the mean of the first pixels, so the sums cancel little: its distance from the mean is part of the
-// variance.
+// Sums again those channels, and their neighbours in a pair, whose shift is far from the mean.
+template <class T>
+static void sum_cancelled_again(const T* x, std::int64_t pixels, std::int64_t channels, const ChunkSums& sums) {
+  constexpr std::uint32_t all_lanes = (1u << Vec::lanes) - 1u;
+  const Vec share = Vec::broadcast(1.0f / static_cast<float>(pixels)), most = Vec::broadcast(kMostCancelled);
+  each_pair(channels, [&](std::int64_t i, auto at) {
+    Pair shift = load_pair(sums.shift + i), sum = load_pair(sums.sum + i), squares = load_pair(sums.squares + i);
+    const Pair offset = {sum.a * share, sum.b * share};
+    if ((bits_not_greater(offset.a * sum.a, squares.a * most) &
+         bits_not_greater(offset.b * sum.b, squares.b * most)) == all_lanes) {
+      return;
+    }
+    shift = {shift.a + offset.a, shift.b + offset.b};
+    sum = squares = Pair::broadcast(0.0f);
+    for (std::int64_t p = 0; p < pixels;) {
+      // What is added to the square of an outlier is lost, so only few elements are.
+      const std::int64_t end = pixels - p < 16 ? pixels : p + 16;
+      Pair part = Pair::broadcast(0.0f), part_squares = part;
+      for (; p < end; ++p) {
+        const Pair v = at.load(x + p * channels + i);
+        const Vec a = v.a - shift.a, b = v.b - shift.b;
+        part = {part.a + a, part.b + b};
+        part_squares = {fma(a, a, part_squares.a), fma(b, b, part_squares.b)};
+      }
+      sum = {sum.a + part.a, sum.b + part.b};
+      squares = {squares.a + part_squares.a, squares.b + part_squares.b};
+    }
+    store_pair(sums.shift + i, shift);
+    store_pair(sums.sum + i, sum);
+    store_pair(sums.squares + i, squares);
+  });
+}
+
+// The shift is the mean of a few pixels, near that of all but for outliers. Neighbours are alike, in a row and in a
+// column, so the step is no half, quarter or multiple of the usual rows.
 template <class T>
 static void chunk_sums(const T* x, std::int64_t pixels, std::int64_t channels, const ChunkSums& sums) {
-  const int first = pixels < 4 ? static_cast<int>(pixels) : 4;
-  const Vec share = Vec::broadcast(1.0f / static_cast<float>(first));
+  const int few = pixels < 4 ? static_cast<int>(pixels) : 4;
+  const std::int64_t step = (pixels < 4 ? 1 : 5 * pixels / 16) * channels;
+  const Vec share = Vec::broadcast(1.0f / static_cast<float>(few));
   each_pair(channels, [&](std::int64_t i, auto at) {
     Pair mean = Pair::broadcast(0.0f);
-    for (int k = 0; k < first; ++k) {
-      const Pair v = at.load(x + k * channels + i);
+    for (int k = 0; k < few; ++k) {
+      const Pair v = at.load(x + k * step + i);
       mean = {fma(v.a, share, mean.a), fma(v.b, share, mean.b)};
     }
     store_pair(sums.shift + i, mean);
@@ -93,6 +127,7 @@ static void chunk_sums(const T* x, std::int64_t pixels, std::int64_t channels, c
   std::int64_t p = 0;
   for (; p + 4 <= pixels; p += 4) add_pixels<4>(x + p * channels, channels, sums);
   for (; p < pixels; ++p) add_pixels<1>(x + p * channels, channels, sums);
+  sum_cancelled_again(x, pixels, channels, sums);
 }
 
 // Planes of one sample's forward.
@@ -175,7 +210,7 @@ static void finish_statistics(const GroupNormForward& call, std::int64_t n, Samp
     call.mean[n * call.groups + g] = static_cast<float>(mean);
     call.rstd[n * call.groups + g] = static_cast<float>(rstd);
     for (std::int64_t c = begin; c < end; ++c) {
-      const Affine affine(Channel(call, n, c, mean), rstd, call.silu);
+      const Affine affine(call, Channel(call, n, c, mean), rstd);
       const std::int64_t i = slot<T>(c, call.channels);
       scratch.centre[i] = affine.centre;
       scratch.a[i] = affine.a;

@@ -39,12 +39,17 @@ static inline void for_slabs(bool split, std::int64_t slabs, std::int64_t length
   }
 }
 
-// Of up to kBlock elements. The shift is the mean of the first vector, so the sums cancel little: its distance
-// from the mean is part of the variance.
+// In the second sum over a block of outliers, so many elements have float32 sums: what is added to a much larger
+// square, as to that of an outlier, is lost.
+constexpr std::int64_t kOutlierPart = 1024;
+
+struct BlockSums {
+  double sum, squares;
+};
+
+// Of x - shift over up to kBlock elements.
 template <class T>
-static Moments block_moments(const T* x, std::int64_t count) {
-  const int first = count < Vec::lanes ? static_cast<int>(count) : Vec::lanes;
-  const float shift = reduce_add(Vec::load_partial(x, first)) / static_cast<float>(first);
+static BlockSums sums_around(const T* x, std::int64_t count, float shift) {
   Pair sum[2], squares[2];
   for (int k = 0; k < 2; ++k) sum[k] = squares[k] = Pair::broadcast(0.0f);
   const auto add = [&](int k, std::int64_t i, auto at) {
@@ -59,11 +64,28 @@ static Moments block_moments(const T* x, std::int64_t count) {
     add(1, i + kPair, Whole<false>{});
   }
   each_pair(count - i, [&](std::int64_t j, auto at) { add(0, i + j, at); });
-  const float total = reduce_add((sum[0].a + sum[1].a) + (sum[0].b + sum[1].b));
-  const float total_squares =
-      reduce_add((squares[0].a + squares[1].a) + (squares[0].b + squares[1].b));
-  if (!(total_squares <= FLT_MAX)) return moments_in_double(x, count, 1);
-  return moments_around(shift, static_cast<double>(count), total, total_squares);
+  return {reduce_add((sum[0].a + sum[1].a) + (sum[0].b + sum[1].b)),
+          reduce_add((squares[0].a + squares[1].a) + (squares[0].b + squares[1].b))};
+}
+
+// Of up to kBlock elements. The shift is the mean of the first vector, which is near that of all but for outliers.
+template <class T>
+static Moments block_moments(const T* x, std::int64_t count) {
+  const int first = count < Vec::lanes ? static_cast<int>(count) : Vec::lanes;
+  const double elements = static_cast<double>(count);
+  float shift = reduce_add(Vec::load_partial(x, first)) / static_cast<float>(first);
+  BlockSums sums = sums_around(x, count, shift);
+  if (sums.sum * sums.sum > static_cast<double>(kMostCancelled) * elements * sums.squares) {
+    shift += static_cast<float>(sums.sum / elements);
+    sums = {0.0, 0.0};
+    for (std::int64_t i = 0; i < count; i += kOutlierPart) {
+      const BlockSums part = sums_around(x + i, count - i < kOutlierPart ? count - i : kOutlierPart, shift);
+      sums.sum += part.sum;
+      sums.squares += part.squares;
+    }
+  }
+  if (!(sums.squares <= static_cast<double>(FLT_MAX))) return moments_in_double(x, count, 1);
+  return moments_around(shift, elements, sums.sum, sums.squares);
 }
 
 // How the elements of a slab fall into units of one channel and at most kBlock elements.
@@ -149,7 +171,7 @@ static void normalize_slab(const GroupNormForward& call, const Slab& slab, bool 
     for (std::int64_t i = end - 1; i >= begin; --i) {
       const auto unit = units[i];
       const Channel channel(call, slab.n, slab.first_channel + unit.row, moments.mean);
-      normalize_row<Silu, Stream>(x + unit.begin, y + unit.begin, unit.count, Affine(channel, rstd, Silu),
+      normalize_row<Silu, Stream>(x + unit.begin, y + unit.begin, unit.count, Affine(call, channel, rstd),
                                   fetch_next ? slab.length : 0);
     }
     if (Stream) finish_streaming();

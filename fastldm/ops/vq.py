@@ -112,11 +112,11 @@ def prepare_ema_update(z, indices, num_codes) -> tuple:
 
 
 def _nearest_kernel(z, codebook, backend):
-    if z.numel() == 0:
-        return z.new_zeros(z.shape[:-1], dtype=torch.int64)
     # A check of the values waits for the device, so other devices go without.
     if codebook.device.type == "cpu" and not _all_finite(codebook):
         raise ValueError("codebook holds NaN or infinity; the training step that wrote it has diverged")
+    if z.numel() == 0:
+        return z.new_zeros(z.shape[:-1], dtype=torch.int64)
     return dispatch.run("vq_nearest", "forward", backend, (z, codebook), dispatch.current_state())
 
 
@@ -147,13 +147,13 @@ def _quantize_backward(ctx, grad_z_q, grad_indices):
 
 
 def _ema_update_kernel(z, indices, num_codes, backend):
-    if z.numel() == 0:
-        counts = torch.bincount(indices.flatten(), minlength=num_codes)
-        return counts, z.new_zeros((num_codes, z.shape[-1]), dtype=torch.float32)
-    if indices.device.type == "cpu":
+    if indices.device.type == "cpu" and indices.numel() > 0:
         low, high = (int(bound) for bound in indices.aminmax())
         if low < 0 or high >= num_codes:
             raise ValueError(f"indices must lie in 0 .. {num_codes - 1}, got {low} .. {high}")
+    if z.numel() == 0:
+        counts = torch.bincount(indices.flatten(), minlength=num_codes)
+        return counts, z.new_zeros((num_codes, z.shape[-1]), dtype=torch.float32)
     args = (z, indices, num_codes)
     return dispatch.run("vq_ema_update", "forward", backend, args, dispatch.current_state())
 

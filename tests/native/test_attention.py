@@ -116,6 +116,19 @@ def test_every_head_dim(head_dim, dtype):
     check(attention_inputs(AttentionShape(1, 2, 20, 35, head_dim), dtype))
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_no_gradient_through_a_softmax_of_one_key(head_dim):
+    """dP and dout . out are the same sum, in the same order: they cancel to nothing."""
+    q, k, v, grad = attention_inputs(AttentionShape(1, 2, 50, 1, head_dim), torch.float32)
+    _, dq, dk, _ = ours((q, k, v, grad))
+    assert (dq == 0.0).all()
+    assert (dk == 0.0).all()
+    mask = torch.tensor([False, True, False])
+    _, dq, dk, _ = ours((q, *(x.repeat(1, 1, 3, 1) for x in (k, v)), grad), attn_mask=mask[None, None, None])
+    assert (dq == 0.0).all()
+    assert (dk == 0.0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_keys_and_queries_than_are_packed_together(dtype):
     check(attention_inputs(AttentionShape(1, 1, 700, 1100, 8), dtype), is_causal=True)

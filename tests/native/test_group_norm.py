@@ -138,6 +138,13 @@ def test_channels_around_vectors(dtype):
         check(affine(group_norm_inputs(shape, dtype, layout="channels-last")), 4, activation="silu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pixels", [2**17, 2**17 + 1])
+def test_slopes_that_are_kept_or_found_twice(pixels, dtype):
+    """The gradient's second pass has SiLU's slopes in memory, but not those of over 1 MB in a group."""
+    check(affine(group_norm_inputs(GroupNormShape((1, 2, pixels), 1), dtype)), 1, activation="silu")
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", [None, "silu"])
@@ -209,13 +216,31 @@ def test_inference_mode():
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("where", [0, 1, 100, -1])
-def test_one_outlier(where, layout):
+@pytest.mark.parametrize("size", [1e5, 1e8])
+def test_one_outlier(size, where, layout):
     """The sums run around the mean of the first elements, which an outlier pulls far away."""
     inputs = affine(group_norm_inputs(GroupNormShape((1, 8, 64, 64), 2), torch.float32))
-    inputs["x"].flatten()[where] = 1e5
+    inputs["x"].flatten()[where] = size
     if layout == "channels-last":
         inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
     check(inputs, 2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("size", [1e4, 1e5, 1e8, 1e12])
+@pytest.mark.parametrize("shape", [(1, 40, 64, 64), (1, 32, 48, 48), (2, 12, 24, 24)])
+def test_statistics_with_an_outlier(shape, size, layout):
+    """The variance is that of two passes: 8 eps is the most that 16 additions to a large square lose."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x[:, 0, 0, 0] = size
+    groups = x.double().reshape(shape[0], 4, -1)
+    if layout == "channels-last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    _, mean, rstd = torch.ops.fastldm.group_norm(x, 4, None, None, 1e-5, None, None, None, None, "cpu")
+    variance = groups.var(-1, correction=0) + 1e-5
+    eps = torch.finfo(torch.float32).eps
+    assert ((rstd.double() ** -2 / variance - 1).abs() <= 8 * eps).all()
+    assert ((mean.double() - groups.mean(-1)).abs() <= 8 * eps * variance.sqrt()).all()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
@@ -250,11 +275,41 @@ def test_mean_that_float32_cannot_hold(mean, std, layout):
         assert_as_accurate(result, truth[name], truth[name].float(), name, terms=10 * 256)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_rounding_of_the_saved_mean(activation, layout):
+    """Off by up to 2e-6 standard deviations, which a gradient around 10 multiplies by 10 unless the sum of
+    the normalised x takes it out.
+    """
+    shape = GroupNormShape((2, 8, 8, 8), 2)
+    inputs = group_norm_inputs(shape, torch.float32, layout=layout, mean=60.0, std=1.0)
+    inputs = {"x": inputs["x"], "grad": inputs["grad"] + 10.0}
+    result = run(ops.group_norm, inputs, 2, activation=activation, backend="cpu")["x"]
+    doubles = {name: value.double().contiguous() for name, value in inputs.items()}
+    truth = run(plain_group_norm, doubles, 2, activation=activation)["x"]
+    assert_as_accurate(result, truth, truth.float(), terms=4 * 64)
+
+
 @pytest.mark.parametrize("size", [50.0, 100.0, 1e4, 1e10])
 def test_silu_far_from_zero(size):
     inputs = affine(group_norm_inputs(GroupNormShape((1, 64, 64), 2), torch.float32))
     inputs["weight"] = inputs["weight"] * size
     check(inputs, 2, activation="silu")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [-1e4, -1e30, -3e38, -torch.inf, 1e4, 1e30, 1e35, 2e38, torch.inf])
+def test_silu_of_a_huge_bias(bias, dtype, layout):
+    """0 far below zero, x far above it, with a slope of 0 and 1; at infinity what PyTorch gives."""
+    inputs = group_norm_inputs(GroupNormShape((2, 40, 9, 7), 2), dtype, layout=layout)
+    inputs = {"x": inputs["x"], "grad": inputs["grad"], "bias": torch.full((40,), bias)}
+    results = run(ops.group_norm, inputs, 2, activation="silu", backend="cpu")
+    doubles = {name: value.double().contiguous() for name, value in inputs.items()}
+    truth = run(plain_group_norm, doubles, 2, activation="silu")
+    for name, result in results.items():
+        exact = truth[name].to(result.dtype)
+        assert_as_accurate(result, truth[name], exact, name, terms=20 * 63)
 
 
 def test_float64_is_refused():

@@ -170,8 +170,9 @@ def test_codebook_that_is_not_finite_is_refused(backend):
     z, codebook = vq_inputs(5, VQShape(10, 4))
     for bad, function in itertools.product((torch.nan, torch.inf), (ops.vq_nearest, ops.vq_quantize)):
         codebook[7, 2] = bad
-        with pytest.raises(ValueError, match="NaN or infinity"):
-            function(z, codebook, backend=backend)
+        for rows in (z, z[:0]):
+            with pytest.raises(ValueError, match="NaN or infinity"):
+                function(rows, codebook, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -250,6 +251,9 @@ def test_ema_update_of_nothing(backend):
     counts, sums = ops.vq_ema_update(torch.randn(0, 3), empty, 5, backend=backend)
     assert torch.equal(counts, torch.zeros(5, dtype=torch.int64))
     assert torch.equal(sums, torch.zeros(5, 3))
+    counts, sums = ops.vq_ema_update(torch.randn(4, 0), torch.tensor([4, 0, 4, 1]), 5, backend=backend)
+    assert torch.equal(counts, torch.tensor([1, 1, 0, 0, 2]))
+    assert sums.shape == (5, 0)
 
 
 def test_sorted_segments_of_the_torch_backend_agree():
@@ -296,6 +300,8 @@ def test_refused_arguments(function, arguments, error, message):
         ((Z, INDICES.to("meta"), 5), ValueError, "one device"),
         ((Z, INDICES - 1, 5), ValueError, r"0 \.\. 4, got -1 \.\. -1"),
         ((Z, INDICES + 5, 5), ValueError, r"got 5 \.\. 5"),
+        ((Z[:, :0], INDICES + 5, 5), ValueError, r"got 5 \.\. 5"),
+        ((Z[:, :0], INDICES - 1, 5), ValueError, r"got -1 \.\. -1"),
     ],
 )
 def test_ema_update_refuses(arguments, error, message):
