@@ -96,7 +96,15 @@ def key_of(kernel: str, problem: Problem) -> dict:
 
 def choose(kernel: str, problem: Problem, target: Target) -> TileConfig | ShortConfig | WideConfig:
     key = key_of(kernel, problem)
-    return tables.choose(OP, kernel, key, target, KERNELS[kernel], lambda: heuristic(kernel, key, target))
+    return tables.choose(
+        OP,
+        kernel,
+        key,
+        target,
+        KERNELS[kernel],
+        lambda: heuristic(kernel, key, target),
+        lambda: candidates(kernel, key, target),
+    )
 
 
 def heuristic(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfig | WideConfig:
