@@ -55,8 +55,8 @@ def plan(
 
 
 def _calls(target: Target, layers: Mapping[str, tuple]) -> Iterator[tuple[str, list[Launch]]]:
-    """The layers and every set of pieces in bfloat16; on sm_90 also the options, at two head dims, and the other
-    dtypes."""
+    """The layers and every set of pieces in bfloat16; on sm_90 also the options, at two head dims, and the
+    other dtypes."""
     everything = target.capability == 90
     for name, shape in layers.items():
         for dtype in DTYPES if everything else ("bfloat16",):
@@ -100,7 +100,9 @@ def _identity(launch: Launch) -> tuple:
             return str(value.dtype)
         return type(value).__name__ if isinstance(value, float) else value
 
-    constants = {name: kind(value) for name, value in launch.arguments.items() if name.isupper() or name[-1].isdigit()}
+    constants = {
+        name: kind(value) for name, value in launch.arguments.items() if name.isupper() or name[-1].isdigit()
+    }
     pointers = {name: kind(v) for name, v in launch.arguments.items() if name.endswith("_ptr")}
     return (
         launch.kernel.fn.__name__,
@@ -124,11 +126,15 @@ def aot_launches(target: Target, layers: Mapping[str, Iterable[int]]) -> Iterato
 
 
 def may_spill(launch: Launch, target: Target) -> bool:
-    """Where no claim is made: mma.sync at a head dim of 192 and more, and float32."""
+    """Where no claim is made: float32; mma.sync at head dims of 88 to 112 and over 160; and, of few keys in
+    float16, the dq of a head dim over 128, which takes dS in twice the precision."""
     width = sum(pieces(launch.arguments["HEAD_DIM"]))
     float32 = any(
         isinstance(x, torch.Tensor) and x.dtype == torch.float32
         for name, x in launch.arguments.items()
         if name in ("q_ptr", "v_ptr", "x_ptr")
     )
-    return float32 or (width >= 192 and (target.capability < 90 or target.capability >= 120))
+    if launch.arguments.get("RESTS", False) and "partial_ptr" in launch.arguments and width > 128:
+        return True
+    by_registers = target.capability < 90 or target.capability >= 120
+    return float32 or (by_registers and (width in (96, 112) or width > 160))

@@ -1,18 +1,18 @@
 """Which kernels a call takes, in which tiles.
 
-The heuristics below were chosen without a GPU at hand: by what the compiler makes of them (registers, spills,
-shared memory, tensor core instructions; tests/kernels) and by count. What a GPU says replaces them: tables, by
-`python -m benchmarks tune`.
+The heuristics below were chosen without a GPU at hand: by count, and by what the compiler makes of them
+(registers, spills, shared memory, tensor core instructions). What a GPU says replaces them: tables, written
+by `python -m benchmarks tune`.
 
-- A program of 8 warps by 128 rows gives two warp groups of Hopper 64 rows each, and every row to one warp, so that
-  a softmax needs no exchange between warps.
-- Registers of a thread, of 255: accumulators of 128 rows by 8 warps take half a register a column, so 64 for a
-  head dim of 128; scores another 32 or 64 for 64 or 128 keys a step; in the backward there are two of each.
-- Shared memory of a block, 227 kB on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, sm_89 and sm_120: the resident
-  tile, and the others of a step by the number of stages.
-- mma.sync (sm_80 to sm_89, sm_120) has operands in registers, which wgmma and tcgen05 read from shared memory: so
-  steps are smaller there. From a head dim of 192 on, some of them spill (tens of bytes); nowhere else is that
-  accepted.
+- A program of 8 warps by 128 rows gives two warp groups of Hopper 64 rows each, and every row to one warp, so
+  that a softmax needs no exchange between warps.
+- Registers of a thread, of 255: accumulators of 128 rows by 8 warps take half a register a column, so 64 for
+  a head dim of 128; scores another 32 or 64 for 64 or 128 keys a step; in the backward there are two of each.
+- Shared memory of a block, 227 kB on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, sm_89 and sm_120: the
+  resident tile, and the others of a step by the number of stages.
+- mma.sync (sm_80 to sm_89, sm_120) has operands in registers, which wgmma and tcgen05 read from shared
+  memory: so steps are smaller there.
+- Where spills remain: `cases.may_spill`.
 - float32 is computed on the FP32 pipes, operands and results in registers: tiles are small.
 """
 
@@ -48,7 +48,7 @@ class ShortConfig(NamedTuple):
 
 
 class WideConfig(NamedTuple):
-    """A tile of the weights, and as much of the head dim: a step where they are made, else what a program gives."""
+    """A tile of the weights; of the head dim a step where weights are made, else the part of a program."""
 
     block_m: int
     block_n: int
@@ -83,7 +83,9 @@ def is_short(problem: Problem, direction: str, target: Target) -> bool:
     if problem.dtype == "float32":
         held = next_power_of_two(problem.keys) * width
         return held <= (4096 if direction == "forward" else 1024)
-    return width <= (128 if direction == "backward" and _registers_hold_operands(target) else 192)
+    if direction == "forward":
+        return width <= 192
+    return width <= (128 if _registers_hold_operands(target) else 160)
 
 
 def key_of(kernel: str, problem: Problem) -> dict:
@@ -91,6 +93,8 @@ def key_of(kernel: str, problem: Problem) -> dict:
     key = {"head_dim": problem.head_dim, "dtype": problem.dtype}
     if KERNELS[kernel] is ShortConfig:
         key["keys"] = next_power_of_two(max(16, problem.keys))
+    if KERNELS[kernel] is TileConfig:
+        key["full_mask"] = problem.mask_kind == "full"
     return key
 
 
@@ -112,24 +116,31 @@ def heuristic(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfi
     if key["dtype"] == "float32":
         return _float32(kernel, width)
     by_registers = _registers_hold_operands(target)
+    if key.get("full_mask", False) and kernel != "backward-statistics":
+        # Every score has an address of its mask, of two registers.
+        return _full_mask(kernel, width, by_registers)
     if kernel == "forward":
         if by_registers:
             if width > 128:
                 return TileConfig(64, 32, 4, 1) if width == 256 else TileConfig(128, 32, 8, 2)
-            return TileConfig(128, 128, 8, 3) if width <= 48 else TileConfig(128, 64, 8, 3)
+            return TileConfig(128, 128 if 16 < width <= 48 else 64, 8, 3)
         if width <= 96:
             return TileConfig(128, 128, 8, 3)
+        if width == 256:
+            return TileConfig(128, 32 if target.capability >= 100 else 64, 8, 2)
         if width > 160:
-            return TileConfig(128, 32 if width == 256 and target.capability >= 100 else 64, 8, 2)
+            return TileConfig(128, 64, 8, 3)
         return TileConfig(128, 64, 8, 3) if width == 112 else TileConfig(128, 128, 8, 2)
     if kernel == "backward-statistics":
-        return TileConfig(16, 16, 4, 1) if width > 256 else TileConfig(32, 32, 4, 1)
+        return TileConfig(16, 16, 4, 1) if width > 160 else TileConfig(32, 32, 4, 1)
     if kernel == "backward-keys":
         if by_registers:
             if width > 112:
                 return TileConfig(32, 64, 4, 1 if width == 256 else 2)
             return TileConfig(64 if width <= 64 else 32, 128, 8, 2)
-        return TileConfig(64 if width <= 96 or (width in (144, 160) and target.capability == 90) else 32, 128, 8, 2)
+        return TileConfig(
+            64 if width <= 96 or (width in (144, 160) and target.capability == 90) else 32, 128, 8, 2
+        )
     if kernel == "backward-queries":
         if by_registers:
             if width > 128:
@@ -145,6 +156,14 @@ def heuristic(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfi
     if kernel in ("wide-weights", "wide-gradients"):
         return WideConfig(128, 64 if by_registers and kernel == "wide-gradients" else 128, 64, 8, 3)
     return WideConfig(128, 64, 128, 8, 3)
+
+
+def _full_mask(kernel: str, width: int, by_registers: bool) -> TileConfig:
+    if kernel == "backward-keys":
+        if by_registers and width > 48:
+            return TileConfig(16, 64, 4, 1)
+        return TileConfig(16 if 96 < width <= 128 else 32, 128, 8, 2)
+    return TileConfig(64, 16, 4, 1) if by_registers and width > 64 else TileConfig(128, 32, 8, 2)
 
 
 def _float32(kernel: str, width: int) -> TileConfig | ShortConfig | WideConfig:

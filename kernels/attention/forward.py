@@ -1,8 +1,7 @@
-"""Attention forward with an online softmax (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv
-2205.14135).
+"""Attention forward with an online softmax (arXiv 1805.02867; FlashAttention, arXiv 2205.14135).
 
-A program holds a tile of queries and walks the keys. Per row it keeps the largest score so far, `top`, the sum
-`total` of exp(score - top) and the sum `acc` of exp(score - top) v; when `top` grows, both sums shrink with it.
+A program holds a tile of queries and walks the keys. Per row it keeps the largest score so far, `top`, the
+sum `total` of exp(score - top) and the sum `acc` of exp(score - top) v; when `top` grows, both sums shrink.
 out = acc / total, lse = top + log(total).
 
 Where queries and heads are too few to fill the GPU, the keys are split among programs: each writes its top,
@@ -129,10 +128,10 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid: query tiles x splits x batch x heads, the tiles of a head next to each other (they read the same keys).
+    """Grid: query tiles x splits x batch x heads. Tiles of a head, which read the same keys, are neighbours.
 
-    SPLIT: writes sums (splits, B, H, Sq, D) and statistics (2, splits, B, H, Sq), top and total, all float32, in
-    place of out and lse. Strides of q, k, v and out are in units of ALIGN elements.
+    SPLIT: writes sums (splits, B, H, Sq, D) and statistics (2, splits, B, H, Sq), top and total, all float32,
+    in place of out and lse. Strides of q, k, v and out are in units of ALIGN elements.
     """
     program = tl.program_id(0)
     tile = program % tiles
@@ -197,7 +196,7 @@ def forward_kernel(
             tl.store(lse_ptr + both.to(tl.int64) * queries + rows, lse, mask=inside)
 
 
-@triton.jit(do_not_specialize=_INTEGERS[:5] + ["stride_ob", "stride_oh", "stride_om"])
+@triton.jit(do_not_specialize=["heads", "queries", "tiles", "splits", "stride_ob", "stride_oh", "stride_om"])
 def combine_kernel(
     sums_ptr,
     statistics_ptr,
@@ -256,7 +255,8 @@ def combine_kernel(
 
 
 def plan_long_forward(q, k, v, problem: Problem, need_lse: bool, target):
-    """The launches, and out (of `result_like`) and lse (B, H, Sq) that they write; an empty lse if not needed."""
+    """The launches, and out (of `result_like`) and lse (B, H, Sq) that they write; an empty lse if not
+    needed."""
     config = configs.choose("forward", problem, target)
     splits = configs.splits(problem, target, config)
     batch, heads, queries, head_dim = q.shape

@@ -7,7 +7,8 @@ from .backward import plan_long_backward
 from .forward import plan_long_forward
 from .problem import Problem
 from .short import plan_short_backward, plan_short_forward
-from .wide import plan_wide_backward, plan_wide_forward
+from .wide_backward import plan_wide_backward
+from .wide_forward import plan_wide_forward
 
 
 def plan_forward(q, k, v, problem: Problem, need_lse: bool, target):

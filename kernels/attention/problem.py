@@ -40,7 +40,7 @@ class Problem(NamedTuple):
 
     @property
     def mask_kind(self) -> str:
-        """"none", "keys" (the same for all queries) or "full"."""
+        """ "none", "keys" (the same for all queries) or "full"."""
         if self.mask is None:
             return "none"
         return "keys" if self.mask.shape[2] == 1 or self.mask.stride(2) == 0 else "full"
@@ -82,7 +82,9 @@ class Problem(NamedTuple):
         return {"mask_ptr": self.mask, **dict(zip(names, strides))}
 
 
-def problem_of(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> Problem:
+def problem_of(
+    q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Problem:
     if attn_mask is not None and attn_mask.dtype == torch.float64:
         attn_mask = attn_mask.float()
     return Problem(
@@ -107,7 +109,8 @@ def result_like(x: Tensor) -> Tensor:
 
 
 def in_layout_of(result: Tensor, like: Tensor) -> Tensor:
-    """`result` in the strides of `torch.empty_like(like)`; copies only where `result_like` could not have them."""
+    """`result` in the strides of `torch.empty_like(like)`; copies only where `result_like` could not have
+    them."""
     wanted = torch.empty_like(like)
     return result if wanted.stride() == result.stride() else wanted.copy_(result)
 
@@ -115,8 +118,8 @@ def in_layout_of(result: Tensor, like: Tensor) -> Tensor:
 def strides(**tensors: Tensor) -> dict:
     """Strides of (B, H, S, D) tensors for a kernel, `stride_<letter><dimension>`, in units of ALIGN elements.
 
-    ALIGN is the most that divides all of them, up to 16 bytes: a factor that is a constant in the kernel tells
-    the compiler that it may load vectors, which the bare strides of 40 or 72 would not.
+    ALIGN is the most that divides all of them, up to 16 bytes: a factor that is a constant in the kernel
+    tells the compiler that it may load vectors, which the bare strides of 40 or 72 would not.
     """
     found = {
         f"stride_{name[0]}{dimension}": 0 if size == 1 else stride

@@ -1,7 +1,7 @@
 """Attention with few keys, as in cross-attention to 77 words: k and v of a head stay on chip.
 
-The keys are one or two tiles (77 = 64 + 16), so the softmax needs one pass, and what the backward needs of it is
-found on the way: no log-sum-exp is read. A program walks many tiles of queries; it writes their dq and, in
+The keys are one or two tiles (77 = 64 + 16), so the softmax needs one pass, and what the backward needs of it
+is found on the way: no log-sum-exp is read. A program walks many tiles of queries; it writes their dq and, in
 float32, what they add to dk and dv, which `reduce_kernel` sums over the programs of a head in a fixed order.
 """
 
@@ -132,7 +132,10 @@ def short_forward_kernel(
 
 
 @triton.jit(
-    do_not_specialize=[*_INTEGERS, *("stride_gb", "stride_gh", "stride_gm", "stride_xb", "stride_xh", "stride_xm")]
+    do_not_specialize=[
+        *_INTEGERS,
+        *("stride_gb", "stride_gh", "stride_gm", "stride_xb", "stride_xh", "stride_xm"),
+    ]
 )
 def short_backward_kernel(
     q_ptr,
@@ -187,11 +190,11 @@ def short_backward_kernel(
 ):
     """dq (strides x) and partial sums (2, chunks, B, H, Sk, D) of dk / scale and dv.
 
-    WANT_K: dq and dk; WANT_V: dv; where they are too wide to be held together, they have a launch each. RESTS: dq
-    takes dS in twice the precision.
+    WANT_K: dq and dk; WANT_V: dv; where they are too wide to be held together, they have a launch each.
+    RESTS: dq takes dS in twice the precision.
 
-    Scores are transposed, [keys, queries]: so P and dS are in the registers where the products that give dk and dv
-    want them. Grid: chunks of query tiles x batch x heads.
+    Scores are transposed, [keys, queries]: so P and dS are in the registers where the products that give dk
+    and dv want them. Grid: chunks of query tiles x batch x heads.
     """
     program = tl.program_id(0)
     chunk = program % chunks
@@ -236,13 +239,13 @@ def short_backward_kernel(
                 dp = tl.where(p == 0.0, 0.0, dp)
             exact = p * (dp - tl.sum(p * dp, 0)[None, :])
             ds = rounded(exact, q0.dtype)
-            dk0, dk1, dk2 = outer(ds, q0, q1, q2, dk0, dk1, dk2, D1, D2)
             dq0, dq1, dq2 = zeros(BLOCK_M, D0, D1, D2)
-            dq0, dq1, dq2 = outer(tl.trans(ds), k0, k1, k2, dq0, dq1, dq2, D1, D2)
             if RESTS:
                 # Sums of huge keys that cancel would show the rounding of dS.
-                ds = rounded(exact - ds.to(tl.float32), q0.dtype)
-                dq0, dq1, dq2 = outer(tl.trans(ds), k0, k1, k2, dq0, dq1, dq2, D1, D2)
+                rest = rounded(exact - ds.to(tl.float32), q0.dtype)
+                dq0, dq1, dq2 = outer(tl.trans(rest), k0, k1, k2, dq0, dq1, dq2, D1, D2)
+            dk0, dk1, dk2 = outer(ds, q0, q1, q2, dk0, dk1, dk2, D1, D2)
+            dq0, dq1, dq2 = outer(tl.trans(ds), k0, k1, k2, dq0, dq1, dq2, D1, D2)
             dq0, dq1, dq2 = scale_rows(tl.zeros([BLOCK_M], tl.float32) + grad_scale, dq0, dq1, dq2, D1, D2)
             store_tile(dq, dq0, dq1, dq2, rows, queries, stride_xm * ALIGN, D0, D1, D2, HEAD_DIM)
 
@@ -280,8 +283,8 @@ def reduce_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dk (strides y) and dv (strides z), the sums of the partial sums of all chunks. Grid: key tiles x batch x
-    heads."""
+    """dk (strides y) and dv (strides z), the sums of the partial sums of all chunks. Grid: key tiles x batch
+    x heads."""
     program = tl.program_id(0)
     both = (program // tiles).to(tl.int64)
     rows = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)

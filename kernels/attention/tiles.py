@@ -1,12 +1,12 @@
 """What the attention kernels share on the device: loading tiles, scores, masks.
 
-A tile of head vectors, [rows, head dim], is held as up to three pieces, [rows, D0], [rows, D1], [rows, D2], of
-powers of two, as `problem.pieces` gives them; a D of 0 is a piece that is not there, and its variable a
+A tile of head vectors, [rows, head dim], is held as up to three pieces, [rows, D0], [rows, D1], [rows, D2],
+of powers of two, as `problem.pieces` gives them; a D of 0 is a piece that is not there, and its variable a
 placeholder that nothing reads. Only the last piece can reach past the head dim; there it is 0.
 
-Scores come in one of two units, so that the largest can be subtracted before anything is multiplied (it may be
-1e10: rounded before the subtraction, it would swallow the differences): without a bias as the bare product q k,
-with one as scale * q k + bias. `unit` takes either to base 2: exp(x) = exp2(unit * x).
+Scores come in one of two units, so that the largest can be subtracted before anything is multiplied (it may
+be 1e10: rounded before the subtraction, it would swallow the differences): without a bias as the bare product
+q k, with one as scale * q k + bias. `unit` takes either to base 2: exp(x) = exp2(unit * x).
 """
 
 import os
@@ -23,9 +23,9 @@ INFINITY = tl.constexpr(float("inf"))
 def dot(a, b, acc):
     """acc + a b, summed in float32."""
     if INTERPRETED:
-        # numpy would multiply the bits of bfloat16. And its order of summation differs from element to element, and
-        # between a product and its transpose: where scores are huge that shows in exp(score - lse). A GPU adds in
-        # one order.
+        # numpy would multiply the bits of bfloat16. And its order of summation differs from element to
+        # element, and between a product and its transpose: where scores are huge that shows in exp(score -
+        # lse). A GPU adds in one order.
         product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
         if acc is not None:
             product += acc
@@ -36,7 +36,7 @@ def dot(a, b, acc):
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """float32 to DTYPE, to the nearest."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         # The interpreter cuts the bits off.
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
@@ -93,7 +93,9 @@ def load_tile(
 
 
 @triton.jit
-def store_piece(base, tile, rows, row_count, stride, START: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+def store_piece(
+    base, tile, rows, row_count, stride, START: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     columns = START + tl.arange(0, D)
     inside = (rows < row_count)[:, None]
     if START + D > HEAD_DIM:
@@ -215,9 +217,9 @@ def masked(
 ):
     """Scores in the unit of this file from products s, -inf where a key is closed or past the end.
 
-    `rows` and `columns`, numbers of queries and keys, broadcast to the shape of `s`. `scale` is positive, NEGATE
-    its sign. MASK is "none", "keys" (the same for every query) or "full"; EDGE says that keys may be past the
-    end; rows past the end get any score.
+    `rows` and `columns`, numbers of queries and keys, broadcast to the shape of `s`. `scale` is positive,
+    NEGATE its sign. MASK is "none", "keys" (the same for every query) or "full"; EDGE says that keys may be
+    past the end; rows past the end get any score.
     """
     if NEGATE:
         s = -s
@@ -225,7 +227,7 @@ def masked(
         offsets = columns.to(tl.int64) * stride_mn
         if MASK == "full":
             offsets = offsets + tl.minimum(rows, queries - 1).to(tl.int64) * stride_mm
-        if EDGE:
+        if EDGE:  # noqa: SIM108
             found = tl.load(mask + offsets, mask=columns < keys, other=0)
         else:
             found = tl.load(mask + offsets)

@@ -13,12 +13,12 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from fastldm import ops, reference
+from fastldm import dispatch, ops, reference
 from fastldm.errors import UnsupportedError
 from fastldm.ops.attention import HEAD_DIMS
 from fastldm.testing import assert_as_accurate, live_backends, plain_attention, poisoned_memory
 from fastldm.testing.inputs import ATTENTION_LAYOUTS, MASKS, attention_inputs, attention_mask
-from fastldm.testing.shapes import ATTENTION_LAYERS, AttentionShape
+from fastldm.testing.shapes import AttentionShape
 
 pytestmark = pytest.mark.skipif(
     "triton" not in live_backends("attention"), reason="neither a GPU nor Triton's interpreter"
@@ -118,7 +118,7 @@ def test_sizes_around_a_tile(dtype, path, take):
         check(attention_inputs(AttentionShape(1, 2, 20, 100, WIDTH[path]), dtype))
 
 
-@pytest.mark.parametrize("path", ("short", "long"))
+@pytest.mark.parametrize("path", ["short", "long"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS[:-1])
 def test_every_head_dim(head_dim, path, take):
     """Every set of pieces."""
@@ -307,7 +307,7 @@ def test_runs_are_bit_equal(path, take):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("path", ("short", "long"))
+@pytest.mark.parametrize("path", ["short", "long"])
 def test_heads_do_not_depend_on_each_other(path, take):
     take(path)
     inputs = attention_inputs(AttentionShape(2, 3, 50, 40, 16), torch.bfloat16)
@@ -356,35 +356,80 @@ def test_refusals():
     q = torch.randn(1, 1, 4, 8)
     with pytest.raises(UnsupportedError, match="float64"):
         ops.attention(q.double(), q.double(), q.double(), backend="triton")
+    meta = q.to("meta")
+    arguments = (meta, meta, meta, None, False, None, False)
     with pytest.raises(UnsupportedError, match="not on meta"):
-        meta = q.to("meta")
-        importlib.import_module("fastldm.dispatch").run(
-            "attention",
-            "forward",
-            "triton",
-            (meta, meta, meta, None, False, None, False),
-            importlib.import_module("fastldm.dispatch").current_state(),
-        )
+        dispatch.run("attention", "forward", "triton", arguments, dispatch.current_state())
 
 
 # A kernel that is wrong must fail the error rule: module, what the source says, what it says then, path.
 MUTATIONS = {
     "sum not rescaled": ("forward", "total = total * shrink +", "total = total +", "long"),
-    "accumulator not rescaled": ("forward", "scale_rows(shrink, acc0", "scale_rows(shrink * 0.0 + 1.0, acc0", "long"),
-    "last tile dropped": ("forward", "tl.range(tl.maximum(first, whole), last,", "tl.range(last, last,", "long"),
-    "diagonal open": ("forward", "NEGATE, MASK, BIAS, CAUSAL, True,\n        )", "NEGATE, MASK, BIAS, False, True,\n        )", "long"),
+    "accumulator not rescaled": (
+        "forward",
+        "scale_rows(shrink, acc0",
+        "scale_rows(shrink * 0.0 + 1.0, acc0",
+        "long",
+    ),
+    "last tile dropped": (
+        "forward",
+        "tl.range(tl.maximum(first, whole), last,",
+        "tl.range(last, last,",
+        "long",
+    ),
+    "diagonal open": (
+        "forward",
+        "NEGATE, MASK, BIAS, CAUSAL, True,\n        )",
+        "NEGATE, MASK, BIAS, False, True,\n        )",
+        "long",
+    ),
     "split out of step": ("forward", "weight * part_total", "part_total", "split"),
-    "keys past the end count": ("short", "NEGATE, MASK, BIAS, CAUSAL, True,", "NEGATE, MASK, BIAS, CAUSAL, False,", "short"),
-    "second tile of keys dropped": ("short", "outer(rounded(r, vb0.dtype)", "outer(rounded(r * 0.0, vb0.dtype)", "short"),
+    "keys past the end count": (
+        "short",
+        "NEGATE, MASK, BIAS, CAUSAL, True,",
+        "NEGATE, MASK, BIAS, CAUSAL, False,",
+        "short",
+    ),
+    "second tile of keys dropped": (
+        "short",
+        "outer(rounded(r, vb0.dtype)",
+        "outer(rounded(r * 0.0, vb0.dtype)",
+        "short",
+    ),
     "no delta, few keys": ("short", "(dp - tl.sum(p * dp, 0)[None, :])", "dp", "short"),
     "a chunk dropped": ("short", "for chunk in range(chunks):", "for chunk in range(chunks - 1):", "short"),
     "no delta": ("backward", "ds = p * (dp - delta)", "ds = p * dp", "long"),
-    "dk not scaled": ("backward", "tl.zeros([BLOCK_N], tl.float32) + grad_scale", "tl.zeros([BLOCK_N], tl.float32) + 1.0", "long"),
-    "lse trusted where it is huge": ("backward", "factor = tl.where(large, 1.0 / total, factor)", "factor = factor", "long"),
-    "first queries of a key tile dropped": ("backward", "for start in tl.range(diagonal, first,", "for start in tl.range(first, first,", "long"),
-    "tiles not brought together": ("wide", "p = tl.load(weights + start).to(tl.float32) * factor[:, None]", "p = tl.load(weights + start).to(tl.float32)", "wide"),
-    "parts not added": ("wide", "        acc = tl.load(sums + places)", "        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)", "wide"),
-}  # fmt: skip
+    "dk not scaled": (
+        "backward",
+        "tl.zeros([BLOCK_N], tl.float32) + grad_scale",
+        "tl.zeros([BLOCK_N], tl.float32) + 1.0",
+        "long",
+    ),
+    "lse trusted where it is huge": (
+        "statistics",
+        "factor = tl.where(large, 1.0 / total, factor)",
+        "factor = factor",
+        "long",
+    ),
+    "first queries of a key tile dropped": (
+        "backward",
+        "for start in tl.range(diagonal, first,",
+        "for start in tl.range(first, first,",
+        "long",
+    ),
+    "tiles not brought together": (
+        "wide_forward",
+        "p = tl.load(weights + start).to(tl.float32) * factor[:, None]",
+        "p = tl.load(weights + start).to(tl.float32)",
+        "wide",
+    ),
+    "parts not added": (
+        "wide_backward",
+        "        acc = tl.load(sums + places)",
+        "        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)",
+        "wide",
+    ),
+}
 
 
 def mutant(tmp_path, name, old, new):
@@ -424,11 +469,9 @@ def test_a_wrong_kernel_fails(name, take, tmp_path, monkeypatch):
     module, old, new, path = MUTATIONS[name]
     take(path)
     broken = mutant(tmp_path, module, old, new)
-    for direction in ("forward", "backward"):
-        for planned in (f"plan_long_{direction}", f"plan_short_{direction}", f"plan_wide_{direction}"):
-            if hasattr(broken, planned):
-                monkeypatch.setattr(plans, planned, getattr(broken, planned))
-    for limit in ("WORKSPACE", "PAD"):
-        monkeypatch.setattr(broken, limit, getattr(wide, limit), raising=False)
-    with pytest.raises(AssertionError, match="max error|elements are"):
+    for user in ("plans", "backward", "wide_backward"):
+        user = importlib.import_module(f"fastldm.kernels.attention.{user}")
+        for planned in (name for name in vars(broken) if name.startswith("plan_") and hasattr(user, name)):
+            monkeypatch.setattr(user, planned, getattr(broken, planned))
+    with pytest.raises(AssertionError, match=r"max error|elements are"):
         probe_mutations(path)
