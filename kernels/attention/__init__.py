@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
-
+from ..common.support import refuse
 from ..common.target import target_of
 from .plans import plan_backward, plan_forward
-from .problem import dense_last, in_layout_of, problem_of, supports_call
+from .problem import dense_last, in_layout_of, problem_of
 
 __all__ = ["backward", "forward", "supports", "supports_backward"]
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
 def supports(q, k, v, attn_mask, is_causal, scale, need_lse) -> str | None:
-    return supports_call(q, _interpreted())
+    return refuse(q)
 
 
 def supports_backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale) -> str | None:
-    return supports_call(q, _interpreted())
+    return refuse(q)
 
 
 def forward(q, k, v, attn_mask, is_causal, scale, need_lse):

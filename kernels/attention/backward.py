@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..common.launch import Launch, ceil_div
+from ..common.rounding import rounded_to
 from . import configs
 from .problem import Problem, result_like, strides
 from .statistics import LARGE, load_statistics, plan_statistics
@@ -20,7 +21,6 @@ from .tiles import (
     load_tile,
     masked,
     outer,
-    rounded,
     scale_rows,
     store_tile,
     zeros,
@@ -95,11 +95,11 @@ def add_queries(
     )  # fmt: skip
     p = tl.exp2((s - reference[None, :]) * unit) * factor[None, :]
     if WANT_V:
-        dv0, dv1, dv2 = outer(rounded(p, g0.dtype), g0, g1, g2, dv0, dv1, dv2, D1, D2)
+        dv0, dv1, dv2 = outer(rounded_to(p, g0.dtype), g0, g1, g2, dv0, dv1, dv2, D1, D2)
     if WANT_K:
         dp = inner(v0, v1, v2, g0, g1, g2, D1, D2)
         ds = score_gradients(p, dp, delta[None, :], MASK)
-        dk0, dk1, dk2 = outer(rounded(ds, q0.dtype), q0, q1, q2, dk0, dk1, dk2, D1, D2)
+        dk0, dk1, dk2 = outer(rounded_to(ds, q0.dtype), q0, q1, q2, dk0, dk1, dk2, D1, D2)
     return dk0, dk1, dk2, dv0, dv1, dv2
 
 
@@ -267,8 +267,8 @@ def add_keys(
     dp = inner(g0, g1, g2, v0, v1, v2, D1, D2)
     ds = score_gradients(p, dp, delta[:, None], MASK)
     if REST:
-        ds = ds - rounded(ds, k0.dtype).to(tl.float32)
-    return outer(rounded(ds, k0.dtype), k0, k1, k2, dq0, dq1, dq2, D1, D2)
+        ds = ds - rounded_to(ds, k0.dtype).to(tl.float32)
+    return outer(rounded_to(ds, k0.dtype), k0, k1, k2, dq0, dq1, dq2, D1, D2)
 
 
 @triton.jit(do_not_specialize=[*_INTEGERS, "stride_xb", "stride_xh", "stride_xm"])

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from ..common.launch import Launch, ceil_div, next_power_of_two
+from ..common.rounding import rounded_to
 from . import configs
 from .problem import Problem, result_like, strides
-from .tiles import INFINITY, inner, load_tile, masked, outer, rounded, scale_rows, store_tile, zeros
+from .tiles import INFINITY, inner, load_tile, masked, outer, scale_rows, store_tile, zeros
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def attend(
     total = total * shrink + tl.sum(p, 1)
     acc0, acc1, acc2 = scale_rows(shrink, acc0, acc1, acc2, D1, D2)
     v0, v1, v2 = load_tile(v, columns, keys, stride_vn, D0, D1, D2, HEAD_DIM, EDGE)
-    acc0, acc1, acc2 = outer(rounded(p, v0.dtype), v0, v1, v2, acc0, acc1, acc2, D1, D2)
+    acc0, acc1, acc2 = outer(rounded_to(p, v0.dtype), v0, v1, v2, acc0, acc1, acc2, D1, D2)
     return acc0, acc1, acc2, new_top, total
 
 
@@ -246,7 +247,7 @@ def combine_kernel(
     acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     out = out_ptr + both // heads * stride_ob + both % heads * stride_oh
     offsets = rows.to(tl.int64)[:, None] * stride_om + columns[None, :]
-    tl.store(out + offsets, rounded(acc, out_ptr.dtype.element_ty), mask=inside_2d)
+    tl.store(out + offsets, rounded_to(acc, out_ptr.dtype.element_ty), mask=inside_2d)
     if WRITE_LSE:
         if not BIAS:
             top = top * scale

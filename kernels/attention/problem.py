@@ -128,11 +128,3 @@ def strides(**tensors: Tensor) -> dict:
     }
     align = math.gcd(16 // next(iter(tensors.values())).element_size(), *found.values())
     return {"ALIGN": align, **{name: stride // align for name, stride in found.items()}}
-
-
-def supports_call(q: Tensor, interpreted: bool) -> str | None:
-    if q.dtype not in _DTYPES:
-        return f"takes float32, bfloat16 and float16, not {q.dtype}"
-    if q.device.type == "cuda" or (q.device.type == "cpu" and interpreted):
-        return None
-    return f"runs on CUDA devices, not on {q.device.type}"

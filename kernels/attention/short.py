@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from ..common.launch import Launch, ceil_div, next_power_of_two
+from ..common.rounding import rounded_to
 from . import configs
 from .problem import Problem, result_like, strides
-from .tiles import INFINITY, inner, load_tile, masked, outer, rounded, scale_rows, store_tile, zeros
+from .tiles import INFINITY, inner, load_tile, masked, outer, scale_rows, store_tile, zeros
 
 _INTEGERS = [
     *("heads", "queries", "keys", "tiles", "chunks", "tiles_per_chunk"),
@@ -119,9 +120,9 @@ def short_forward_kernel(
             )  # fmt: skip
         p, r, top, total = softmax(s, t, unit, N1)
         acc0, acc1, acc2 = zeros(BLOCK_M, D0, D1, D2)
-        acc0, acc1, acc2 = outer(rounded(p, va0.dtype), va0, va1, va2, acc0, acc1, acc2, D1, D2)
+        acc0, acc1, acc2 = outer(rounded_to(p, va0.dtype), va0, va1, va2, acc0, acc1, acc2, D1, D2)
         if N1 > 0:
-            acc0, acc1, acc2 = outer(rounded(r, vb0.dtype), vb0, vb1, vb2, acc0, acc1, acc2, D1, D2)
+            acc0, acc1, acc2 = outer(rounded_to(r, vb0.dtype), vb0, vb1, vb2, acc0, acc1, acc2, D1, D2)
         acc0, acc1, acc2 = scale_rows(1.0 / tl.where(total == 0.0, 1.0, total), acc0, acc1, acc2, D1, D2)
         store_tile(out, acc0, acc1, acc2, rows, queries, stride_om * ALIGN, D0, D1, D2, HEAD_DIM)
         if WRITE_LSE:
@@ -231,18 +232,18 @@ def short_backward_kernel(
         total = tl.sum(p, 0)
         p = p * (1.0 / tl.where(total == 0.0, 1.0, total))[None, :]
         if WANT_V:
-            dv0, dv1, dv2 = outer(rounded(p, g0.dtype), g0, g1, g2, dv0, dv1, dv2, D1, D2)
+            dv0, dv1, dv2 = outer(rounded_to(p, g0.dtype), g0, g1, g2, dv0, dv1, dv2, D1, D2)
         if WANT_K:
             dp = inner(v0, v1, v2, g0, g1, g2, D1, D2)
             if MASK != "none":
                 # What stands where a key is closed may have made dP infinite.
                 dp = tl.where(p == 0.0, 0.0, dp)
             exact = p * (dp - tl.sum(p * dp, 0)[None, :])
-            ds = rounded(exact, q0.dtype)
+            ds = rounded_to(exact, q0.dtype)
             dq0, dq1, dq2 = zeros(BLOCK_M, D0, D1, D2)
             if RESTS:
                 # Sums of huge keys that cancel would show the rounding of dS.
-                rest = rounded(exact - ds.to(tl.float32), q0.dtype)
+                rest = rounded_to(exact - ds.to(tl.float32), q0.dtype)
                 dq0, dq1, dq2 = outer(tl.trans(rest), k0, k1, k2, dq0, dq1, dq2, D1, D2)
             dk0, dk1, dk2 = outer(ds, q0, q1, q2, dk0, dk1, dk2, D1, D2)
             dq0, dq1, dq2 = outer(tl.trans(ds), k0, k1, k2, dq0, dq1, dq2, D1, D2)
@@ -301,10 +302,10 @@ def reduce_kernel(
     rows = rows.to(tl.int64)[:, None]
     place = dk_ptr + batch * (stride_yb * ALIGN) + head * (stride_yh * ALIGN)
     place += rows * (stride_yn * ALIGN) + columns[None, :]
-    tl.store(place, rounded(dk * grad_scale, dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(place, rounded_to(dk * grad_scale, dk_ptr.dtype.element_ty), mask=inside)
     place = dv_ptr + batch * (stride_zb * ALIGN) + head * (stride_zh * ALIGN)
     place += rows * (stride_zn * ALIGN) + columns[None, :]
-    tl.store(place, rounded(dv, dv_ptr.dtype.element_ty), mask=inside)
+    tl.store(place, rounded_to(dv, dv_ptr.dtype.element_ty), mask=inside)
 
 
 def _shared(q, k, v, problem: Problem, config, chunks: int, tiles: int) -> dict:

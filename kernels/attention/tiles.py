@@ -9,13 +9,11 @@ be 1e10: rounded before the subtraction, it would swallow the differences): with
 q k, with one as scale * q k + bias. `unit` takes either to base 2: exp(x) = exp2(unit * x).
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-# Triton's interpreter computes in numpy.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
+from ..common.rounding import INTERPRETED, rounded_to
+
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -31,17 +29,6 @@ def dot(a, b, acc):
             product += acc
         return product
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """float32 to DTYPE, to the nearest."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        # The interpreter cuts the bits off.
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(DTYPE)
 
 
 @triton.jit
@@ -101,7 +88,7 @@ def store_piece(
     if START + D > HEAD_DIM:
         inside = inside & (columns < HEAD_DIM)[None, :]
     pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    tl.store(pointers, rounded(tile, base.dtype.element_ty), mask=inside)
+    tl.store(pointers, rounded_to(tile, base.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -5,11 +5,12 @@ import triton
 import triton.language as tl
 
 from ..common.launch import Launch
+from ..common.rounding import rounded_to
 from . import configs
 from .backward import score_gradients
 from .problem import Problem, result_like, strides
 from .statistics import load_statistics, plan_statistics
-from .tiles import dot, inner_chunks, load_piece, masked, rounded, store_piece
+from .tiles import dot, inner_chunks, load_piece, masked, store_piece
 from .wide import constants_of, padded, parts, place_of
 
 _INTEGERS = [
@@ -99,13 +100,13 @@ def weight_gradient_kernel(
     pitch = key_tiles * BLOCK_N
     weights = weights_ptr + both.to(tl.int64) * width * pitch
     places = weights + own.to(tl.int64)[:, None] * pitch + columns[None, :]
-    tl.store(places, rounded(p, weights_ptr.dtype.element_ty))
+    tl.store(places, rounded_to(p, weights_ptr.dtype.element_ty))
     dp = inner_chunks(
         g, rows, queries, stride_gm * ALIGN, v, columns, keys, stride_vn * ALIGN,
         BLOCK_M, BLOCK_N, HEAD_DIM, CHUNK,
     )  # fmt: skip
     ds = score_gradients(p, dp, delta[:, None], MASK)
-    tl.store(places + all_heads * width * pitch, rounded(ds, weights_ptr.dtype.element_ty))
+    tl.store(places + all_heads * width * pitch, rounded_to(ds, weights_ptr.dtype.element_ty))
 
 
 @triton.jit(

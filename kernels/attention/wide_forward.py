@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 
 from ..common.launch import Launch, ceil_div
+from ..common.rounding import rounded_to
 from . import configs
 from .problem import Problem, result_like, strides
-from .tiles import INFINITY, dot, inner_chunks, load_piece, masked, rounded, store_piece
+from .tiles import INFINITY, dot, inner_chunks, load_piece, masked, store_piece
 from .wide import constants_of, padded, parts, place_of
 
 _INTEGERS = [
@@ -78,7 +79,7 @@ def weight_kernel(
     pitch = key_tiles * BLOCK_N
     weights = weights_ptr + both.to(tl.int64) * width * pitch
     places = weights + own.to(tl.int64)[:, None] * pitch + columns[None, :]
-    tl.store(places, rounded(p, weights_ptr.dtype.element_ty))
+    tl.store(places, rounded_to(p, weights_ptr.dtype.element_ty))
     place = statistics_ptr + (both.to(tl.int64) * key_tiles + key_tile) * width + own
     tl.store(place, top)
     tl.store(place + tl.num_programs(0).to(tl.int64) * BLOCK_M, tl.sum(p, 1))
@@ -152,7 +153,7 @@ def value_kernel(
         p = tl.load(weights + start).to(tl.float32) * factor[:, None]
         columns = start + tl.arange(0, BLOCK_N)
         tile_v = load_piece(v, columns, keys, stride_vn * ALIGN, 0, BLOCK_D, HEAD_DIM, True)
-        acc = dot(rounded(p, v_ptr.dtype.element_ty), tile_v, acc)
+        acc = dot(rounded_to(p, v_ptr.dtype.element_ty), tile_v, acc)
     acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
 
     queries_here = first_query + own

@@ -392,8 +392,8 @@ MUTATIONS = {
     ),
     "second tile of keys dropped": (
         "short",
-        "outer(rounded(r, vb0.dtype)",
-        "outer(rounded(r * 0.0, vb0.dtype)",
+        "outer(rounded_to(r, vb0.dtype)",
+        "outer(rounded_to(r * 0.0, vb0.dtype)",
         "short",
     ),
     "no delta, few keys": ("short", "(dp - tl.sum(p * dp, 0)[None, :])", "dp", "short"),
