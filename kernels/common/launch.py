@@ -13,8 +13,8 @@ import torch
 class Launch:
     """One kernel, its grid and all its arguments by name, compile-time constants included.
 
-    The tensors may be on the device "meta": then it can be compiled, not run. `fuse_multiply_add`: whether the
-    compiler may round a product and a sum once instead of twice; `tl.fma` always does.
+    The tensors may be on the device "meta": then it can be compiled, not run. `fuse_multiply_add`: whether
+    the compiler may round a product and a sum once instead of twice; `tl.fma` always does.
     """
 
     kernel: Any

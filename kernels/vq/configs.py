@@ -1,6 +1,7 @@
 """Configurations of the kernels of this package, by heuristics and by measured tables.
 
-Keys: `dim`, the codes and rows of the problem as powers of two, which is as much as the best choice hangs on.
+Keys: `dim`, the codes and rows of the problem as powers of two, which is as much as the best choice hangs
+on.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ FEW = 16
 
 
 class FewConfig(NamedTuple):
-    """A program has `rows`, takes `lanes` codes at a time, `unroll` such steps between two jumps, and notes the
-    least of `depth` steps."""
+    """A program has `rows`, takes `lanes` codes at a time, `unroll` such steps between two jumps, and notes
+    the least of `depth` steps."""
 
     rows: int
     lanes: int
@@ -76,8 +77,9 @@ def many(dim: int, num_codes: int, num_rows: int, target: Target) -> ManyConfig:
 def _many(key: dict[str, int], target: Target) -> ManyConfig:
     """All dimensions at once where that has room, so that the rows are split into halves but once.
 
-    Where tensor cores read shared memory (sm_90, sm_100): up to 256 dimensions; 128 rows, as with fewer the second
-    level cache cannot deliver the codes in time. Elsewhere the halves of the rows stand in registers: up to 128.
+    Where tensor cores read shared memory (sm_90, sm_100): up to 256 dimensions; 128 rows, as with fewer the
+    second level cache cannot deliver the codes in time. Elsewhere the halves of the rows stand in registers:
+    up to 128.
     """
     dim = key["dim"]
     if 90 <= target.capability < 120:
@@ -110,12 +112,11 @@ def finish(dim: int, num_rows: int, target: Target) -> FinishConfig:
 
 
 def _finish(key: dict[str, int]) -> FinishConfig:
-    """About two programs for a multiprocessor. In few dimensions each row takes a look at some codes, in many only
-    the open ones do."""
-    rows = max(32, key["rows"] // 256)
+    """Many programs for few rows, as open rows wait for one another. In few dimensions each row takes a look
+    at some codes, in many only the open ones do."""
     if key["dim"] <= FEW:
-        return FinishConfig(min(rows, 64), 512, 8, 128, 4)
-    return FinishConfig(rows, 1024, 16, 256, 8)
+        return FinishConfig(64 if key["rows"] > 16384 else 32, 512, 8, 128, 4)
+    return FinishConfig(256 if key["rows"] > 16384 else 32, 1024, 16, 256, 8)
 
 
 class EmaConfig(NamedTuple):
@@ -137,8 +138,58 @@ def ema_update(dim: int, num_codes: int, num_rows: int, target: Target) -> EmaCo
 
 
 def _ema_update(key: dict[str, int]) -> EmaConfig:
-    """A tile of about 1024 numbers and two units for the rows that a code has on average, within 128 and 1024."""
+    """A tile of about 1024 numbers and two units for the rows that a code has on average, within 128 and
+    1024."""
     block_d = min(key["dim"], 128)
     block_r = max(8, min(1024 // block_d, 64))
     average = max(1, key["rows"] // key["codes"])
     return EmaConfig(min(max(2 * average, 128), 1024), block_r, block_d, 1 if block_d < 32 else 2)
+
+
+def candidates(kernel: str, key: dict[str, int], target: Target) -> list[NamedTuple]:
+    """The configurations worth timing for `kernel`, that of the heuristic first."""
+    if kernel == "search_few":
+        rows_per_warp = (8, 16) if key["dim"] <= 8 else (4, 8)
+        found = [
+            FewConfig(rows * warps, lanes, depth, unroll, warps)
+            for rows in rows_per_warp
+            for warps in (4, 8)
+            for lanes in (32, 64)
+            for depth in (8, 16)
+            for unroll in (1, 2, 4)
+        ]
+        return _first(_few(key), found)
+    if kernel == "search_many":
+        found = [
+            ManyConfig(rows, codes, block_d, warps, stages)
+            for rows in (64, 128)
+            for codes in (32, 64, 128)
+            for block_d in sorted({32, 64, min(key["dim"], 256)})
+            for warps in (4, 8)
+            for stages in (1, 2, 3)
+            if 4 * block_d * (rows + stages * codes) <= target.shared_memory
+        ]
+        return _first(_many(key, target), found)
+    if kernel == "finish":
+        found = [
+            FinishConfig(rows, ranked, together, 1024 // together * warps // 4, warps)
+            for rows in (32, 64, 128, 256)
+            for ranked in (512, 1024)
+            for together in (4, 8, 16)
+            for warps in (4, 8)
+        ]
+        return _first(_finish(key), found)
+    if kernel == "ema_update":
+        block_d = min(key["dim"], 128)
+        found = [
+            EmaConfig(unit, block_r, block_d, warps)
+            for unit in (64, 128, 256, 512, 1024)
+            for block_r in (8, 16, 32, 64)
+            for warps in (1, 2, 4)
+        ]
+        return _first(_ema_update(key), found)
+    raise ValueError(f"vq has no kernel {kernel!r}")
+
+
+def _first(preferred: NamedTuple, found: list[NamedTuple]) -> list[NamedTuple]:
+    return [preferred, *(config for config in found if config != preferred)]

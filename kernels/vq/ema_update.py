@@ -1,11 +1,11 @@
 """vq_ema_update: counts and sums per code, in a fixed order. Contract: fastldm/ops/vq.py.
 
-The rows are sorted by code, equal ones in their order. The segment of a code is cut into units of `unit` rows from
-its beginning. One program for each code adds its first unit, and one for each multiple q >= 1 of `unit` adds
-the later unit that begins among the sorted rows q unit .. (q + 1) unit - 1; there is no more than one, as a
-code has at most one beginning in so many rows, and another code's later unit begins `unit` rows after that code.
-So no program adds more than `unit` rows, however they fall on the codes. Later units of a code have places that
-follow one another, and a last kernel adds them up in that order.
+The rows are sorted by code, equal ones in their order. The segment of a code is cut into units of `unit`
+rows from its beginning. One program for each code adds its first unit, and one for each multiple q >= 1
+of `unit` adds the later unit that begins among the sorted rows q unit .. (q + 1) unit - 1; there is no
+more than one, as a code has at most one beginning in so many rows, and another code's later unit begins
+`unit` rows after that code. So no program adds more than `unit` rows, however they fall on the codes.
+Later units of a code have places that follow one another, and a last kernel adds them up in that order.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def plan_sums(
     return [add_units, add_partials], sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "inner", "num_codes"])
 def sum_units(
     z_ptr,
     num_rows,
@@ -113,18 +113,20 @@ def sum_units(
         wanted = is_code & (first < at) & (begin < end)
     if wanted:
         end = tl.minimum(end, begin + UNIT)
-        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for position in range(begin, end, BLOCK_R):
             at = position + tl.arange(0, BLOCK_R)
             row = tl.load(order_ptr + at, mask=at < end, other=0)
             start = (row // inner) * stride_outer + (row % inner) * stride_inner
             mask = (at < end)[:, None] & (d < dim)[None, :]
-            total += tl.load(z_ptr + start[:, None] + d[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+            total += tl.load(z_ptr + start[:, None] + d[None, :] * stride_d, mask=mask, other=0.0).to(
+                tl.float32
+            )
         tl.store(to + d, tl.sum(total, axis=0), mask=d < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_codes"])
 def sum_partials(
     starts_ptr,
     sums_ptr,
@@ -141,7 +143,7 @@ def sum_partials(
     count = tl.load(starts_ptr + code + 1) - begin
     later = (count + UNIT - 1) // UNIT - 1
     if later > 0:
-        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         first = begin // UNIT + 1
         for unit in range(0, later, BLOCK_R):

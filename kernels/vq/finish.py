@@ -1,12 +1,12 @@
 """The second half of vq_nearest: from the least scores of each row to its nearest code.
 
-`search_few.py` or `search_many.py` leaves for each row, and each of the splits of the codebook that share it, the
-least score of a place (`depth` neighbouring codes), which place, and the least score of all other places. Where the
-latter is past the limit of `bound.py`, the nearest code is in the former, and the float64 distances of its codes
-say which. In the other rows, which are open, the scores of all codes are computed again, from the packed codebook,
-and the codes within the limit are compared by their float64 distances: one row at a time, or a few at once where
-many rows of a tile are open. Distances are added up as in fastldm/reference/vq.py, which takes a compiler that fuses
-nothing.
+`search_few.py` or `search_many.py` leaves for each row, and each of the splits of the codebook that share
+it, the least score of a place (`depth` neighbouring codes), which place, and the least score of all other
+places. Where the latter is past the limit of `bound.py`, the nearest code is in the former, and the
+float64 distances of its codes say which. In the other rows, which are open, the scores of all codes are
+computed again, from the packed codebook, and the codes within the limit are compared by their float64
+distances: one row at a time, or a few at once where many rows of a tile are open. Distances are added up
+as in fastldm/reference/vq.py, which takes a compiler that fuses nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bound import limit_above
+from .bound import limit_of
 from .packed import code_at, component
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "inner", "num_codes", "splits"])
 def finish(
     z_ptr,
     num_rows,
@@ -54,8 +54,8 @@ def finish(
 ):
     """least, others and place (splits, rows) and slack (rows) to index int64 (rows).
 
-    SCALED is the number of codes with one scale, 0 if there are no scales; LOW the dimension at which the lower halves
-    of the components begin.
+    SCALED is the number of codes with one scale, 0 if there are no scales; LOW the dimension at which the
+    lower halves of the components begin.
     """
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -70,7 +70,7 @@ def finish(
         others = tl.minimum(others, tl.maximum(least, new))
         place = tl.where(new < least, tl.load(place_ptr + at, mask=inside, other=0), place)
         least = tl.minimum(least, new)
-    limit = limit_above(least, tl.load(slack_ptr + row, mask=inside, other=0.0))
+    limit = limit_of(least, tl.load(slack_ptr + row, mask=inside, other=0.0))
 
     index = place * DEPTH
     if DEPTH > 1:
@@ -78,7 +78,8 @@ def finish(
         exists = inside[:, None] & (codes < num_codes)
         start = z_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
         distance = tl.zeros((ROWS, DEPTH), tl.float64)
-        for d in tl.static_range(DIM):
+        for step in tl.static_range(DIM):
+            d = tl.full((), step, tl.int64)
             value = tl.load(start + d * stride_d, mask=inside, other=0.0).to(tl.float64)
             code = codebook_ptr + codes.to(tl.int64) * stride_k + d * stride_cd
             difference = value[:, None] - tl.load(code, mask=exists, other=0.0).to(tl.float64)

@@ -38,9 +38,9 @@ def forward(z: Tensor, codebook: Tensor) -> Tensor:
 def plan_nearest(z: Tensor, codebook: Tensor, target: Target) -> tuple[list[Launch], Tensor]:
     """The launches for z (..., D), not empty, and the tensor that they write.
 
-    Beside the result they need the packed codebook (4 bytes for each number in it and each code), and 12 bytes
-    for each row and split of the codebook. There are splits only where the tiles of rows are few, so that these are
-    16 bytes a row or about half a megabyte in all.
+    Beside the result they need the packed codebook (4 bytes for each number in it and each code), and 12
+    bytes for each row and split of the codebook. There are splits only where the tiles of rows are few, so
+    that these are 16 bytes a row or about half a megabyte in all.
     """
     index = torch.empty(z.shape[:-1], dtype=torch.int64, device=z.device)
     rows = rows_of(z)
@@ -123,7 +123,7 @@ def _plan_many(rows: Rows, codebook: Tensor, index: Tensor, target: Target) -> l
             "DIM": dim,
             "PADDED_DIM": padded_dim,
             "CODES": config.codes,
-            "BLOCK_D": 32,
+            "BLOCK_D": min(32, config.block_d),
             "SAMPLE": _SAMPLE,
         },
         num_warps=4,

@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Row r of `tensor` begins `r // inner * stride_outer + r % inner * stride_inner` elements after its data.
+    """Row r of `tensor` begins `r // inner * stride_outer + r % inner * stride_inner` elements after its
+    data.
 
     So the NHWC view of a contiguous NCHW tensor needs no copy.
     """

@@ -1,9 +1,10 @@
 """The scores of vq_nearest in few dimensions, on the float32 pipes.
 
-A program has a tile of rows in registers and goes over the packed codes, LANES of them at a time. For each row
-and lane it keeps the least score of a place, which place, and the least score of all other places. A place is
-DEPTH codes, one after the other in one lane, so that a pair of a row and a code costs D multiply-adds and one
-minimum, and all else comes once in DEPTH pairs. At the end the lanes are merged. `finish.py` takes it from there.
+A program has a tile of rows in registers and goes over the packed codes, LANES of them at a time. For
+each row and lane it keeps the least score of a place, which place, and the least score of all other
+places. A place is DEPTH codes, one after the other in one lane, so that a pair of a row and a code costs
+D multiply-adds and one minimum, and all else comes once in DEPTH pairs. At the end the lanes are merged.
+`finish.py` takes it from there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .bound import largest_of, slack
 from .packed import centre_of, code_at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_codes"])
 def pack_few(
     codebook_ptr,
     stride_k,
@@ -44,7 +45,9 @@ def pack_few(
     for d in tl.static_range(DIM):
         one = tl.full((1,), d, tl.int32)
         centre = tl.sum(centre_of(codebook_ptr, stride_k, stride_cd, num_codes, one, DIM, SAMPLE), axis=0)
-        value = tl.load(codebook_ptr + code * stride_k + d * stride_cd, mask=exists, other=0.0)
+        value = tl.load(
+            codebook_ptr + code * stride_k + tl.full((), d, tl.int64) * stride_cd, mask=exists, other=0.0
+        )
         shifted = tl.where(exists, value.to(tl.float64) - centre.to(tl.float64), 0.0)
         squares += shifted * shifted
         tl.store(packed_ptr + tl.full((), d, tl.int64) * padded + position, shifted.to(tl.float32))
@@ -55,7 +58,7 @@ def pack_few(
     tl.store(largest_ptr + pid, tl.max(norms, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "inner", "largest_count", "blocks", "blocks_per_split"])
 def search_few(
     z_ptr,
     num_rows,
@@ -93,7 +96,8 @@ def search_few(
     components = ()
     squares = tl.zeros((ROWS,), tl.float32)
     for d in tl.static_range(DIM):
-        value = tl.load(start + d * stride_d, mask=inside, other=0.0).to(tl.float32) - tl.load(centre_ptr + d)
+        value = tl.load(start + tl.full((), d, tl.int64) * stride_d, mask=inside, other=0.0).to(tl.float32)
+        value -= tl.load(centre_ptr + d)
         squares = tl.fma(value, value, squares)
         rows = rows + ((-2.0 * value)[:, None],)  # noqa: RUF005
         components = components + (packed_ptr + tl.full((), d, tl.int64) * padded + lane,)  # noqa: RUF005

@@ -1,10 +1,10 @@
 """The scores of vq_nearest in many dimensions, on the tensor cores.
 
-Rows and codes are split into two float16 numbers for each component, scaled by powers of two: one scale for each
-row, one for each tile of codes. Three products of the parts give z'.e' to about the error of float32 (`bound.py`).
-A program has a tile of rows and goes over the tiles of codes. For each row and column of a tile it keeps the least
-score, which tile had it, and the least score of all others; at the end the columns are merged. `finish.py` takes it
-from there, with single codes as places.
+Rows and codes are split into two float16 numbers for each component, scaled by powers of two: one scale
+for each row, one for each tile of codes. Three products of the parts give z'.e' to about the error of
+float32 (`bound.py`). A program has a tile of rows and goes over the tiles of codes. For each row and
+column of a tile it keeps the least score, which tile had it, and the least score of all others; at the
+end the columns are merged. `finish.py` takes it from there, with single codes as places.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def halves(value):
 def shifted_codes(codebook_ptr, stride_k, stride_cd, num_codes, centre, code, d, DIM: tl.constexpr):
     """Components d (BLOCK_D) of the codes (CODES) less the centre: (CODES, BLOCK_D), float64."""
     mask = (code < num_codes)[:, None] & (d < DIM)[None, :]
-    at = codebook_ptr + code[:, None] * stride_k + d[None, :] * stride_cd
+    at = codebook_ptr + code[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_cd
     value = tl.load(at, mask=mask, other=0.0).to(tl.float64)
     return tl.where(mask, value - centre.to(tl.float64)[None, :], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_codes"])
 def pack_many(
     codebook_ptr,
     stride_k,
@@ -58,8 +58,8 @@ def pack_many(
     BLOCK_D: tl.constexpr,
     SAMPLE: tl.constexpr,
 ):
-    """packed (2, PADDED_DIM, padded), hi and mid, norms (padded), centre (DIM); and for each program, that is for
-    each tile of codes, what packed has to be multiplied with to scales, and the largest norm to largest.
+    """packed (2, PADDED_DIM, padded), hi and mid, norms (padded), centre (DIM); and for each program, that is
+    for each tile of codes, what packed has to be multiplied with to scales, and the largest norm to largest.
 
     Codes past the last one are at the distance infinity, dimensions past the last one are 0.
     """
@@ -94,22 +94,22 @@ def pack_many(
 def shifted_rows(start, stride_d, inside, centre_ptr, d, DIM: tl.constexpr):
     """Components d (BLOCK_D) of the rows that begin at `start` (ROWS), less the centre: (ROWS, BLOCK_D)."""
     mask = inside[:, None] & (d < DIM)[None, :]
-    value = tl.load(start[:, None] + d[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(start[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
     centre = tl.load(centre_ptr + d, mask=d < DIM, other=0.0)
     return tl.where(mask, value - centre[None, :], 0.0)
 
 
 @triton.jit
 def add_products(total, hi, mid, packed, low):
-    """total + (hi + mid) (e_hi + e_mid) without mid e_mid: the small products first, so that they round as little
-    as they are. `packed` are the addresses of e_hi, `low` further on is e_mid."""
+    """total + (hi + mid) (e_hi + e_mid) without mid e_mid: the small products first, so that they round as
+    little as they are. `packed` are the addresses of e_hi, `low` further on is e_mid."""
     code_hi = tl.load(packed)
     total = tl.dot(mid, code_hi, total)
     total = tl.dot(hi, tl.load(packed + low), total)
     return tl.dot(hi, code_hi, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "inner", "largest_count", "tiles", "tiles_per_split"])
 def search_many(
     z_ptr,
     num_rows,
@@ -137,7 +137,8 @@ def search_many(
     CODES: tl.constexpr,
     RELATIVE: tl.constexpr,
 ):
-    """A tile of rows and tiles_per_split tiles of codes: least, others and place (splits, rows), slack (rows).
+    """A tile of rows and tiles_per_split tiles of codes: least, others and place (splits, rows), slack
+    (rows).
 
     CHUNKS of BLOCK_D dimensions; more than one are read and split anew for each tile of codes.
     """
@@ -177,7 +178,9 @@ def search_many(
                 product = add_products(product, hi, mid, packed, low)
                 packed += tl.full((), BLOCK_D, tl.int64) * padded
         scale = -2.0 * down * tl.load(scales_ptr + tile)
-        score = tl.fma(product, tl.broadcast_to(scale[:, None], (ROWS, CODES)), tl.load(norms_ptr + code)[None, :])
+        score = tl.fma(
+            product, tl.broadcast_to(scale[:, None], (ROWS, CODES)), tl.load(norms_ptr + code)[None, :]
+        )
         second = tl.minimum(second, tl.maximum(best, score))
         tile_of_best = tl.where(score < best, tile, tile_of_best)
         best = tl.minimum(best, score)
@@ -192,4 +195,8 @@ def search_many(
     tl.store(others_ptr + at, others, mask=inside)
     tl.store(place_ptr + at, tl.minimum(place, padded - 1), mask=inside)
     if split == 0:
-        tl.store(slack_ptr + row, slack(squares, largest_of(largest_ptr, largest_count, 256), RELATIVE, DIM), mask=inside)
+        tl.store(
+            slack_ptr + row,
+            slack(squares, largest_of(largest_ptr, largest_count, 256), RELATIVE, DIM),
+            mask=inside,
+        )
