@@ -2,8 +2,9 @@
 
 Triton must not be interpreting (TRITON_INTERPRET) in the process.
 
-`python -m fastldm.testing.aot attention|group_norm|vq CAPABILITY` compiles what the tables and heuristics
-choose for the layers of real models, and prints a JSON line for each launch.
+`python -m fastldm.testing.aot attention|group_norm|vq CAPABILITY [thorough]` compiles what the tables and
+heuristics choose for the layers of real models, if thorough for every dtype and option too, and prints a JSON
+line for each launch.
 """
 
 from __future__ import annotations
@@ -93,9 +94,11 @@ _LAYERS = {
 }
 
 
-def main(op: str, capability: int) -> None:
+def main(op: str, capability: int, thorough: bool) -> None:
     cases = importlib.import_module(f"fastldm.kernels.{op}.cases")
-    for name, launch in cases.aot_launches(KNOWN[capability], _LAYERS[op]):
+    may_spill = getattr(cases, "may_spill", lambda launch, target: False)
+    target = KNOWN[capability]
+    for name, launch in cases.aot_launches(target, _LAYERS[op], thorough=thorough):
         compiled = compile_launch(launch, capability)
         line = {
             "name": name,
@@ -103,6 +106,7 @@ def main(op: str, capability: int) -> None:
             "num_stages": launch.num_stages,
             "registers": compiled.registers,
             "spilled": compiled.spilled,
+            "may_spill": may_spill(launch, target),
             "shared": compiled.shared,
             "wgmma": "wgmma.mma_async" in compiled.ptx,
         }
@@ -110,4 +114,4 @@ def main(op: str, capability: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), "thorough" in sys.argv[3:])

@@ -54,21 +54,19 @@ def plan(
     return launches
 
 
-def _calls(target: Target, layers: Mapping[str, tuple]) -> Iterator[tuple[str, list[Launch]]]:
-    """The layers and every set of pieces in bfloat16; on sm_90 also the options, at two head dims, and the
-    other dtypes."""
-    everything = target.capability == 90
+def _calls(target: Target, layers: Mapping[str, tuple], thorough: bool) -> Iterator[tuple[str, list[Launch]]]:
+    """The layers in bfloat16; if thorough also the other dtypes, every set of pieces and all options."""
     for name, shape in layers.items():
-        for dtype in DTYPES if everything else ("bfloat16",):
+        for dtype in DTYPES if thorough else ("bfloat16",):
             yield f"{name} {dtype}", plan(tuple(shape), dtype, target)
+    yield "d40 float32", plan((2, 8, 1024, 1024, 40), "float32", target)
+    yield "split", plan((1, 1, 64, 8192, 64), "bfloat16", target)
+    yield "d40 causal keys", plan((2, 8, 1024, 1024, 40), "bfloat16", target, mask="keys", is_causal=True)
+    if not thorough:
+        return
     for head_dim in OTHER_HEAD_DIMS:
         for keys in (1024, 77):
             yield f"d{head_dim} k{keys}", plan((2, 8, 1024, keys, head_dim), "bfloat16", target)
-    yield "d40 float32", plan((2, 8, 1024, 1024, 40), "float32", target)
-    yield "split", plan((1, 1, 64, 8192, 64), "bfloat16", target)
-    if not everything:
-        yield "d40 causal keys", plan((2, 8, 1024, 1024, 40), "bfloat16", target, mask="keys", is_causal=True)
-        return
     yield "128 keys", plan((2, 8, 1024, 128, 40), "bfloat16", target)
     for keys in (1024, 77):
         for mask in ("keys", "full", "bias", "bias-keys"):
@@ -113,10 +111,12 @@ def _identity(launch: Launch) -> tuple:
     )
 
 
-def aot_launches(target: Target, layers: Mapping[str, Iterable[int]]) -> Iterator[tuple[str, Launch]]:
+def aot_launches(
+    target: Target, layers: Mapping[str, Iterable[int]], *, thorough: bool
+) -> Iterator[tuple[str, Launch]]:
     """(name, launch), none twice. `layers`: name -> (B, H, Sq, Sk, D)."""
     seen = set()
-    for source in (_calls(target, layers), _tabled(target)):
+    for source in (_calls(target, layers, thorough), _tabled(target)):
         for name, launches in source:
             for launch in launches:
                 identity = _identity(launch)

@@ -62,15 +62,14 @@ def plan(
 
 
 def aot_launches(
-    target: Target, layers: Mapping[str, tuple[tuple[int, ...], int]]
+    target: Target, layers: Mapping[str, tuple[tuple[int, ...], int]], *, thorough: bool
 ) -> Iterator[tuple[str, Launch]]:
     """(name, launch), each once that is compiled to something of its own.
 
-    `layers` are named (shape, groups). On an H200 everything; on another target the layers in bfloat16 and
-    its own table.
+    `layers` are named (shape, groups): in bfloat16, and if thorough in float32 and beside odd shapes.
     """
     seen = set()
-    for name, launch in _all(target, layers):
+    for name, launch in _all(target, layers, thorough):
         signature = _signature(launch)
         if signature not in seen:
             seen.add(signature)
@@ -91,10 +90,9 @@ def _signature(launch: Launch) -> tuple:
     return launch.kernel.__name__, launch.num_warps, launch.num_stages, facts
 
 
-def _all(target: Target, layers) -> Iterator[tuple[str, Launch]]:
-    everything = target.capability == 90
+def _all(target: Target, layers, thorough: bool) -> Iterator[tuple[str, Launch]]:
     for name, (shape, num_groups) in layers.items():
-        for dtype in (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,):
+        for dtype in (torch.bfloat16, torch.float32) if thorough else (torch.bfloat16,):
             for channels_last in (False, True):
                 # As a residual block has it: the time embedding before the norm or after it.
                 given = PARAMETERS[:3] if dtype == torch.bfloat16 else PARAMETERS
@@ -102,7 +100,7 @@ def _all(target: Target, layers) -> Iterator[tuple[str, Launch]]:
                 label = f"{name}-{str(dtype).removeprefix('torch.')}-{'nhwc' if channels_last else 'nchw'}"
                 yield from ((label, launch) for launch in launches)
     yield from _from_tables(target)
-    if everything:
+    if thorough:
         yield from _odd(target)
 
 

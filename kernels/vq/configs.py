@@ -6,13 +6,15 @@ on.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
 
 from ..common import tables
 from ..common.launch import next_power_of_two
 from ..common.target import Target
 
 OP = "vq"
+Config = TypeVar("Config", bound=NamedTuple)
 # The most dimensions that `search_few.py` is for.
 FEW = 16
 
@@ -38,7 +40,11 @@ def _class_of(count: int) -> int:
 
 def few(dim: int, num_codes: int, num_rows: int, target: Target) -> FewConfig:
     key = key_few(dim, num_codes, num_rows)
-    return tables.choose(OP, "search_few", key, target, FewConfig, lambda: _few(key))
+
+    def heuristic() -> FewConfig:
+        return _few(key)
+
+    return tables.choose(OP, "search_few", key, target, FewConfig, heuristic, lambda: _near(heuristic()))
 
 
 def _few(key: dict[str, int]) -> FewConfig:
@@ -71,7 +77,11 @@ def key_many(dim: int, num_codes: int, num_rows: int) -> dict[str, int]:
 
 def many(dim: int, num_codes: int, num_rows: int, target: Target) -> ManyConfig:
     key = key_many(dim, num_codes, num_rows)
-    return tables.choose(OP, "search_many", key, target, ManyConfig, lambda: _many(key, target))
+
+    def heuristic() -> ManyConfig:
+        return _many(key, target)
+
+    return tables.choose(OP, "search_many", key, target, ManyConfig, heuristic, lambda: _near(heuristic()))
 
 
 def _many(key: dict[str, int], target: Target) -> ManyConfig:
@@ -108,7 +118,11 @@ def key_finish(dim: int, num_rows: int) -> dict[str, int]:
 
 def finish(dim: int, num_rows: int, target: Target) -> FinishConfig:
     key = key_finish(dim, num_rows)
-    return tables.choose(OP, "finish", key, target, FinishConfig, lambda: _finish(key))
+
+    def heuristic() -> FinishConfig:
+        return _finish(key)
+
+    return tables.choose(OP, "finish", key, target, FinishConfig, heuristic, lambda: _near(heuristic()))
 
 
 def _finish(key: dict[str, int]) -> FinishConfig:
@@ -134,7 +148,11 @@ def key_ema_update(dim: int, num_codes: int, num_rows: int) -> dict[str, int]:
 
 def ema_update(dim: int, num_codes: int, num_rows: int, target: Target) -> EmaConfig:
     key = key_ema_update(dim, num_codes, num_rows)
-    return tables.choose(OP, "ema_update", key, target, EmaConfig, lambda: _ema_update(key))
+
+    def heuristic() -> EmaConfig:
+        return _ema_update(key)
+
+    return tables.choose(OP, "ema_update", key, target, EmaConfig, heuristic, lambda: _near(heuristic()))
 
 
 def _ema_update(key: dict[str, int]) -> EmaConfig:
@@ -193,3 +211,11 @@ def candidates(kernel: str, key: dict[str, int], target: Target) -> list[NamedTu
 
 def _first(preferred: NamedTuple, found: list[NamedTuple]) -> list[NamedTuple]:
     return [preferred, *(config for config in found if config != preferred)]
+
+
+def _near(config: Config) -> Iterator[Config]:
+    """What to measure: each number halved and doubled. What then does not fit or compile gets no time."""
+    for name, value in zip(config._fields, config):
+        for other in (value // 2, 2 * value):
+            if other >= 1:
+                yield config._replace(**{name: other})

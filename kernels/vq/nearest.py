@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.launch import Launch, ceil_div
+from ..common.support import refuse
 from ..common.target import Target, target_of
 from . import configs
 from .bound import relative_error_few, relative_error_many
@@ -13,7 +14,6 @@ from .finish import finish
 from .rows import Rows, rows_of
 from .search_few import pack_few, search_few
 from .search_many import pack_many, search_many
-from ..common.support import refuse
 
 _SAMPLE = 64  # codes whose mean is the centre
 _PACKED = 128  # codes that a program packs

@@ -31,4 +31,8 @@ def test_every_launch_compiles_and_fits(op, capability):
     assert compiled
     shared_memory = KNOWN[capability].shared_memory
     assert [one for one in compiled if one["shared"] > shared_memory] == []
-    assert [one for one in compiled if one["spilled"] > 0] == []
+    assert [one for one in compiled if one["spilled"] and not one["may_spill"]] == []
+    if op == "attention" and capability == 90:
+        slow = [one["name"] for one in compiled if not one["wgmma"]]
+        products = ("forward_kernel", "key_kernel", "query_kernel")
+        assert [name for name in slow if name.endswith(products) and "float32" not in name] == []
