@@ -66,7 +66,7 @@ KERNELS = {
 }
 
 
-def _registers_hold_operands(target: Target) -> bool:
+def registers_hold_operands(target: Target) -> bool:
     """mma.sync, in place of wgmma (sm_90) or tcgen05 (sm_100 and its kin)."""
     return target.capability < 90 or target.capability >= 120
 
@@ -83,9 +83,7 @@ def is_short(problem: Problem, direction: str, target: Target) -> bool:
     if problem.dtype == "float32":
         held = next_power_of_two(problem.keys) * width
         return held <= (4096 if direction == "forward" else 1024)
-    if direction == "forward":
-        return width <= 192
-    return width <= (128 if _registers_hold_operands(target) else 160)
+    return width <= (128 if direction == "backward" and registers_hold_operands(target) else 160)
 
 
 def key_of(kernel: str, problem: Problem) -> dict:
@@ -107,7 +105,7 @@ def heuristic(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfi
     width = sum(pieces(key["head_dim"]))
     if key["dtype"] == "float32":
         return _float32(kernel, width)
-    by_registers = _registers_hold_operands(target)
+    by_registers = registers_hold_operands(target)
     if key.get("full_mask", False) and kernel != "backward-statistics":
         # Every score has an address of its mask, of two registers.
         return _full_mask(kernel, width, by_registers)
@@ -124,7 +122,7 @@ def heuristic(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfi
             return TileConfig(128, 64, 8, 3)
         return TileConfig(128, 64, 8, 3) if width == 112 else TileConfig(128, 128, 8, 2)
     if kernel == "backward-statistics":
-        return TileConfig(16, 16, 4, 1) if width > 160 else TileConfig(32, 32, 4, 1)
+        return TileConfig(16, 16, 4, 1) if width > 80 else TileConfig(32, 32, 4, 1)
     if kernel == "backward-keys":
         if by_registers:
             if width > 112:
@@ -140,11 +138,11 @@ def heuristic(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfi
             return TileConfig(128, 64 if width <= 64 else 32, 8, 2)
         return TileConfig(128, 64 if width <= 208 else 32, 8, 2)
     if kernel == "short-forward":
-        return ShortConfig(64, 4, 2) if width <= 160 or by_registers else ShortConfig(128, 8, 2)
+        return ShortConfig(64, 4, 2)
     if kernel == "short-backward":
         if by_registers:
             return ShortConfig(64 if width <= 32 else 32, 8, 2 if width <= 64 else 1)
-        return ShortConfig(64 if width <= 160 else 32, 8, 2)
+        return ShortConfig(32, 8, 1) if width > 128 and target.capability >= 100 else ShortConfig(64, 8, 2)
     if kernel in ("wide-weights", "wide-gradients"):
         return WideConfig(128, 64 if by_registers and kernel == "wide-gradients" else 128, 64, 8, 3)
     return WideConfig(128, 64, 128, 8, 3)
@@ -171,7 +169,7 @@ def passes(kernel: str, problem: Problem, target: Target) -> tuple[tuple[bool, b
     """(dk, dv) that one program holds together, per launch."""
     together = 128
     if kernel == "short-backward":
-        together = 64 if _registers_hold_operands(target) else 80
+        together = 64 if registers_hold_operands(target) else 80
     return ((True, True),) if sum(pieces(problem.head_dim)) <= together else ((True, False), (False, True))
 
 
