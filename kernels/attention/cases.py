@@ -128,8 +128,8 @@ def aot_launches(target: Target, layers: Mapping[str, Iterable[int]]) -> Iterato
 def may_spill(launch: Launch, target: Target) -> bool:
     """Where no claim is made.
 
-    float32; causal elsewhere than on sm_90; mma.sync at head dims of 88 to 112 and over 160; and, of few keys in
-    float16, the dq of a head dim over 128, which takes dS in twice the precision.
+    float32; causal elsewhere than on sm_90; mma.sync at head dims of 88 to 112 and over 160; and, of few keys
+    in float16, the dq of a head dim over 128, which takes dS in twice the precision.
     """
     width = sum(pieces(launch.arguments["HEAD_DIM"]))
     for name in ("q_ptr", "v_ptr", "x_ptr"):

@@ -84,7 +84,7 @@ def take(monkeypatch):
             monkeypatch.setattr(configs, "is_wide", lambda problem: path == "wide")
             monkeypatch.setattr(configs, "is_short", lambda problem, direction, target: path == "short")
             monkeypatch.setattr(configs, "splits", lambda *_: 3 if path == "split" else 1)
-            monkeypatch.setattr(configs, "chunks", lambda problem, target, tiles: -(-tiles // 2))
+            monkeypatch.setattr(configs, "chunks", lambda *arguments: -(-arguments[-1] // 2))
             # Parts of 32 queries.
             monkeypatch.setattr(wide, "WORKSPACE", 1)
             monkeypatch.setattr(wide, "PAD", 32)
