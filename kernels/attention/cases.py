@@ -126,15 +126,18 @@ def aot_launches(
 
 
 def may_spill(launch: Launch, target: Target) -> bool:
-    """Where no claim is made: float32; mma.sync at head dims of 88 to 112 and over 160; and, of few keys in
-    float16, the dq of a head dim over 128, which takes dS in twice the precision."""
+    """Where no claim is made.
+
+    float32; causal elsewhere than on sm_90; mma.sync at head dims of 88 to 112 and over 160; and, of few keys
+    in float16, the dq of a head dim over 128, which takes dS in twice the precision.
+    """
     width = sum(pieces(launch.arguments["HEAD_DIM"]))
-    float32 = any(
-        isinstance(x, torch.Tensor) and x.dtype == torch.float32
-        for name, x in launch.arguments.items()
-        if name in ("q_ptr", "v_ptr", "x_ptr")
-    )
+    for name in ("q_ptr", "v_ptr", "x_ptr"):
+        x = launch.arguments.get(name)
+        if x is not None and x.dtype == torch.float32:
+            return True
+    if launch.arguments.get("CAUSAL", False) and target.capability != 90:
+        return True
     if launch.arguments.get("RESTS", False) and "partial_ptr" in launch.arguments and width > 128:
         return True
-    by_registers = target.capability < 90 or target.capability >= 120
-    return float32 or (by_registers and (width in (96, 112) or width > 160))
+    return configs.registers_hold_operands(target) and (width in (96, 112) or width > 160)

@@ -66,7 +66,7 @@ KERNELS = {
 }
 
 
-def _registers_hold_operands(target: Target) -> bool:
+def registers_hold_operands(target: Target) -> bool:
     """mma.sync, in place of wgmma (sm_90) or tcgen05 (sm_100 and its kin)."""
     return target.capability < 90 or target.capability >= 120
 
@@ -83,23 +83,24 @@ def is_short(problem: Problem, direction: str, target: Target) -> bool:
     if problem.dtype == "float32":
         held = next_power_of_two(problem.keys) * width
         return held <= (4096 if direction == "forward" else 1024)
-    if direction == "forward":
-        return width <= 192
-    return width <= (128 if _registers_hold_operands(target) else 160)
+    return width <= (128 if direction == "backward" and registers_hold_operands(target) else 160)
 
 
-def key_of(kernel: str, problem: Problem) -> dict:
+def key_of(kernel: str, problem: Problem, target: Target) -> dict:
     """What a configuration is chosen by."""
     key = {"head_dim": problem.head_dim, "dtype": problem.dtype}
     if KERNELS[kernel] is ShortConfig:
         key["keys"] = next_power_of_two(max(16, problem.keys))
     if KERNELS[kernel] is TileConfig:
         key["full_mask"] = problem.mask_kind == "full"
+        length = problem.keys if kernel == "backward-keys" else problem.queries
+        programs = ceil_div(length, 128) * problem.batch * problem.heads
+        key["small"] = 2 * programs <= target.multiprocessors
     return key
 
 
 def choose(kernel: str, problem: Problem, target: Target) -> TileConfig | ShortConfig | WideConfig:
-    key = key_of(kernel, problem)
+    key = key_of(kernel, problem, target)
     return tables.choose(
         OP,
         kernel,
@@ -112,10 +113,19 @@ def choose(kernel: str, problem: Problem, target: Target) -> TileConfig | ShortC
 
 
 def heuristic(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfig | WideConfig:
+    config = _large(kernel, key, target)
+    if key.get("small", False) and config.num_warps == 8 and key["dtype"] != "float32":
+        # Half of the GPU would have nothing to do: twice the programs of half the rows and warps.
+        rows = "block_n" if kernel == "backward-keys" else "block_m"
+        config = config._replace(**{rows: getattr(config, rows) // 2, "num_warps": 4})
+    return config
+
+
+def _large(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfig | WideConfig:
     width = sum(pieces(key["head_dim"]))
     if key["dtype"] == "float32":
         return _float32(kernel, width)
-    by_registers = _registers_hold_operands(target)
+    by_registers = registers_hold_operands(target)
     if key.get("full_mask", False) and kernel != "backward-statistics":
         # Every score has an address of its mask, of two registers.
         return _full_mask(kernel, width, by_registers)
@@ -132,7 +142,7 @@ def heuristic(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfi
             return TileConfig(128, 64, 8, 3)
         return TileConfig(128, 64, 8, 3) if width == 112 else TileConfig(128, 128, 8, 2)
     if kernel == "backward-statistics":
-        return TileConfig(16, 16, 4, 1) if width > 160 else TileConfig(32, 32, 4, 1)
+        return TileConfig(16, 16, 4, 1) if width > 80 else TileConfig(32, 32, 4, 1)
     if kernel == "backward-keys":
         if by_registers:
             if width > 112:
@@ -148,11 +158,11 @@ def heuristic(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfi
             return TileConfig(128, 64 if width <= 64 else 32, 8, 2)
         return TileConfig(128, 64 if width <= 208 else 32, 8, 2)
     if kernel == "short-forward":
-        return ShortConfig(64, 4, 2) if width <= 160 or by_registers else ShortConfig(128, 8, 2)
+        return ShortConfig(64, 4, 2)
     if kernel == "short-backward":
         if by_registers:
             return ShortConfig(64 if width <= 32 else 32, 8, 2 if width <= 64 else 1)
-        return ShortConfig(64 if width <= 160 else 32, 8, 2)
+        return ShortConfig(32, 8, 1) if width > 128 and target.capability >= 100 else ShortConfig(64, 8, 2)
     if kernel in ("wide-weights", "wide-gradients"):
         return WideConfig(128, 64 if by_registers and kernel == "wide-gradients" else 128, 64, 8, 3)
     return WideConfig(128, 64, 128, 8, 3)
@@ -168,18 +178,22 @@ def _full_mask(kernel: str, width: int, by_registers: bool) -> TileConfig:
 
 def _float32(kernel: str, width: int) -> TileConfig | ShortConfig | WideConfig:
     if KERNELS[kernel] is ShortConfig:
-        return ShortConfig(32, 4, 1)
+        return ShortConfig(32, 8 if kernel == "short-backward" else 4, 1)
     if KERNELS[kernel] is WideConfig:
         made = kernel in ("wide-weights", "wide-gradients")
         return WideConfig(64, 64, 16, 4, 1) if made else WideConfig(64, 16, 64, 4, 1)
-    return TileConfig(32, 32, 4, 1) if width <= 64 else TileConfig(16, 16, 4, 1)
+    if kernel == "backward-statistics":
+        return TileConfig(32, 32, 8, 1) if width <= 48 else TileConfig(16, 16, 8, 1)
+    if width <= 64:
+        return TileConfig(32, 32, 8, 1)
+    return TileConfig(16, 32 if width <= 128 else 16, 4, 1)
 
 
 def passes(kernel: str, problem: Problem, target: Target) -> tuple[tuple[bool, bool], ...]:
     """(dk, dv) that one program holds together, per launch."""
     together = 128
     if kernel == "short-backward":
-        together = 64 if _registers_hold_operands(target) else 80
+        together = 64 if registers_hold_operands(target) else 80
     return ((True, True),) if sum(pieces(problem.head_dim)) <= together else ((True, False), (False, True))
 
 
@@ -195,9 +209,13 @@ def splits(problem: Problem, target: Target, config: TileConfig) -> int:
     return max(1, min(target.multiprocessors // programs, problem.keys // 512, 16))
 
 
-def chunks(problem: Problem, target: Target, tiles: int) -> int:
-    """Parts of the queries of a head, for about four programs a multiprocessor and none without a tile."""
-    wanted = ceil_div(4 * target.multiprocessors, problem.batch * problem.heads)
+def chunks(kernel: str, problem: Problem, target: Target, tiles: int) -> int:
+    """Parts of the queries of a head, none without a tile: as many programs as run at a time.
+
+    In the backward, of 8 warps with many registers, that is one a multiprocessor; each writes partial sums.
+    """
+    programs = target.multiprocessors * (4 if kernel == "short-forward" else 1)
+    wanted = ceil_div(programs, problem.batch * problem.heads)
     return ceil_div(tiles, ceil_div(tiles, min(tiles, wanted)))
 
 

@@ -331,7 +331,7 @@ def plan_short_forward(q, k, v, problem: Problem, need_lse: bool, target):
     """As `plan_forward`."""
     config = configs.choose("short-forward", problem, target)
     tiles = ceil_div(problem.queries, config.block_m)
-    chunks = configs.chunks(problem, target, tiles)
+    chunks = configs.chunks("short-forward", problem, target, tiles)
     out = result_like(q)
     lse = torch.empty(q.shape[:3] if need_lse else (0,), dtype=torch.float32, device=q.device)
     n0, n1 = configs.key_pieces(problem.keys)
@@ -352,7 +352,7 @@ def plan_short_backward(grad_out, q, k, v, problem: Problem, target):
     """As `plan_backward`."""
     config = configs.choose("short-backward", problem, target)
     tiles = ceil_div(problem.queries, config.block_m)
-    chunks = configs.chunks(problem, target, tiles)
+    chunks = configs.chunks("short-backward", problem, target, tiles)
     both = problem.batch * problem.heads
     results = dq, dk, dv = result_like(q), result_like(k), result_like(v)
     partial = torch.empty((2, chunks, *k.shape), dtype=torch.float32, device=q.device)

@@ -89,3 +89,8 @@ def _identity(launch: Launch) -> tuple:
             value = (value == 1, value % 16 == 0, value < 1 << 31)
         parts.append((name, value))
     return launch.kernel.fn.__name__, tuple(parts), tuple(launch.options.items())
+
+
+def may_spill(launch: Launch, target: Target) -> bool:
+    """Where no claim is made: what is not the search itself, and 256 dimensions at once on sm_90."""
+    return not launch.kernel.fn.__name__.startswith("search") or launch.arguments.get("BLOCK_D", 0) >= 256

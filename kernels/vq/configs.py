@@ -6,15 +6,13 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from ..common import tables
 from ..common.launch import next_power_of_two
 from ..common.target import Target
 
 OP = "vq"
-Config = TypeVar("Config", bound=NamedTuple)
 # The most dimensions that `search_few.py` is for.
 FEW = 16
 
@@ -44,7 +42,9 @@ def few(dim: int, num_codes: int, num_rows: int, target: Target) -> FewConfig:
     def heuristic() -> FewConfig:
         return _few(key)
 
-    return tables.choose(OP, "search_few", key, target, FewConfig, heuristic, lambda: _near(heuristic()))
+    return tables.choose(
+        OP, "search_few", key, target, FewConfig, heuristic, lambda: candidates("search_few", key, target)
+    )
 
 
 def _few(key: dict[str, int]) -> FewConfig:
@@ -81,7 +81,9 @@ def many(dim: int, num_codes: int, num_rows: int, target: Target) -> ManyConfig:
     def heuristic() -> ManyConfig:
         return _many(key, target)
 
-    return tables.choose(OP, "search_many", key, target, ManyConfig, heuristic, lambda: _near(heuristic()))
+    return tables.choose(
+        OP, "search_many", key, target, ManyConfig, heuristic, lambda: candidates("search_many", key, target)
+    )
 
 
 def _many(key: dict[str, int], target: Target) -> ManyConfig:
@@ -122,7 +124,9 @@ def finish(dim: int, num_rows: int, target: Target) -> FinishConfig:
     def heuristic() -> FinishConfig:
         return _finish(key)
 
-    return tables.choose(OP, "finish", key, target, FinishConfig, heuristic, lambda: _near(heuristic()))
+    return tables.choose(
+        OP, "finish", key, target, FinishConfig, heuristic, lambda: candidates("finish", key, target)
+    )
 
 
 def _finish(key: dict[str, int]) -> FinishConfig:
@@ -152,7 +156,9 @@ def ema_update(dim: int, num_codes: int, num_rows: int, target: Target) -> EmaCo
     def heuristic() -> EmaConfig:
         return _ema_update(key)
 
-    return tables.choose(OP, "ema_update", key, target, EmaConfig, heuristic, lambda: _near(heuristic()))
+    return tables.choose(
+        OP, "ema_update", key, target, EmaConfig, heuristic, lambda: candidates("ema_update", key, target)
+    )
 
 
 def _ema_update(key: dict[str, int]) -> EmaConfig:
@@ -211,11 +217,3 @@ def candidates(kernel: str, key: dict[str, int], target: Target) -> list[NamedTu
 
 def _first(preferred: NamedTuple, found: list[NamedTuple]) -> list[NamedTuple]:
     return [preferred, *(config for config in found if config != preferred)]
-
-
-def _near(config: Config) -> Iterator[Config]:
-    """What to measure: each number halved and doubled. What then does not fit or compile gets no time."""
-    for name, value in zip(config._fields, config):
-        for other in (value // 2, 2 * value):
-            if other >= 1:
-                yield config._replace(**{name: other})

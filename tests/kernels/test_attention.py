@@ -18,7 +18,7 @@ from fastldm.errors import UnsupportedError
 from fastldm.ops.attention import HEAD_DIMS
 from fastldm.testing import assert_as_accurate, live_backends, plain_attention, poisoned_memory
 from fastldm.testing.inputs import ATTENTION_LAYOUTS, MASKS, attention_inputs, attention_mask
-from fastldm.testing.shapes import AttentionShape
+from fastldm.testing.shapes import ATTENTION_LAYERS, AttentionShape
 
 pytestmark = pytest.mark.skipif(
     "triton" not in live_backends("attention"), reason="neither a GPU nor Triton's interpreter"
@@ -84,7 +84,7 @@ def take(monkeypatch):
             monkeypatch.setattr(configs, "is_wide", lambda problem: path == "wide")
             monkeypatch.setattr(configs, "is_short", lambda problem, direction, target: path == "short")
             monkeypatch.setattr(configs, "splits", lambda *_: 3 if path == "split" else 1)
-            monkeypatch.setattr(configs, "chunks", lambda problem, target, tiles: -(-tiles // 2))
+            monkeypatch.setattr(configs, "chunks", lambda *arguments: -(-arguments[-1] // 2))
             # Parts of 32 queries.
             monkeypatch.setattr(wide, "WORKSPACE", 1)
             monkeypatch.setattr(wide, "PAD", 32)
@@ -475,3 +475,102 @@ def test_a_wrong_kernel_fails(name, take, tmp_path, monkeypatch):
             monkeypatch.setattr(user, planned, getattr(broken, planned))
     with pytest.raises(AssertionError, match=r"max error|elements are"):
         probe_mutations(path)
+
+
+# What only a GPU can show.
+
+
+def on_gpu(shape, dtype, mask=None, **arguments):
+    """`check` with the truth in float32 on the GPU, for layers at their own size."""
+    inputs = [x.cuda() for x in attention_inputs(shape, dtype)]
+    with poisoned_memory():
+        results = run(ops.attention, inputs, attn_mask=mask, backend="triton", **arguments)
+    plain = run(plain_attention, inputs, attn_mask=mask, **arguments)
+    truth = run(plain_attention, [x.double() for x in inputs], attn_mask=mask, **arguments)
+    terms = max(shape.queries, shape.keys) + shape.head_dim
+    for name, result, exact, rough in zip(("out", "dq", "dk", "dv"), results, truth, plain):
+        assert_as_accurate(result, exact, rough, name, terms=terms)
+    return inputs, results
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ATTENTION_LAYERS)
+def test_layers_at_their_own_size(name, dtype):
+    shape = ATTENTION_LAYERS[name]
+    if shape.queries * shape.keys > 2**22:  # one head of float64 scores is 128 MB
+        shape = shape._replace(batch=1, heads=2 if shape.heads > 1 else 1)
+    inputs, results = on_gpu(shape, dtype)
+    for a, b in zip(results, run(ops.attention, inputs, backend="triton")):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_compiled_kernels_of_every_head_dim(head_dim):
+    for keys, is_causal in itertools.product((77, 300), (False, True)):
+        shape = AttentionShape(1, 2, 260, keys, head_dim)
+        dtype = DTYPES[(head_dim // 8 + keys) % 3]
+        on_gpu(shape, dtype, is_causal=is_causal)
+        on_gpu(shape, dtype, attention_mask(shape, "bool").cuda(), is_causal=is_causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [77, 512])
+@pytest.mark.parametrize("head_dim", [40, 512])
+def test_streams_and_graphs(head_dim, keys):
+    shape = AttentionShape(2, 2, 512, keys, head_dim)
+    inputs = [x.cuda() for x in attention_inputs(shape, torch.bfloat16)]
+    mask = attention_mask(shape, "padding").cuda()
+
+    def step():
+        return run(ops.attention, inputs, attn_mask=mask, backend="triton")
+
+    expected = step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        inputs[2].add_(0.0)
+        elsewhere = step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for x in captured:
+        x.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b, c in zip(expected, elsewhere, captured):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one():
+    inputs = attention_inputs(AttentionShape(1, 2, 70, 90, 40), torch.bfloat16)
+    first, second = (
+        run(ops.attention, [x.to(device) for x in inputs], backend="triton")
+        for device in ("cuda:0", "cuda:1")
+    )
+    for a, b in zip(first, second):
+        assert b.device.index == 1
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [77, 1024])
+def test_more_than_2_31_elements(keys):
+    """The last head of many, with the same head alone beside it."""
+    shape = AttentionShape(1100, 32, 1024, keys, 64)  # 2.3e9 elements of q
+    if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
+        pytest.skip("needs 60 GB")
+    q, k, v, grad = (
+        torch.randn(shape.batch, shape.heads, n, 64, dtype=torch.bfloat16, device="cuda")
+        for n in (shape.queries, keys, keys, shape.queries)
+    )
+    whole = run(ops.attention, (q, k, v, grad), backend="triton")
+    alone = run(ops.attention, [x[-1:, -1:].contiguous() for x in (q, k, v, grad)], backend="triton")
+    for a, b in zip(alone, whole):
+        torch.testing.assert_close(a, b[-1:, -1:], rtol=2e-2, atol=2e-2)
