@@ -116,8 +116,11 @@ def heuristic(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfi
     config = _large(kernel, key, target)
     if key.get("small", False) and config.num_warps == 8 and key["dtype"] != "float32":
         # Half of the GPU would have nothing to do: twice the programs of half the rows and warps.
-        rows = "block_n" if kernel == "backward-keys" else "block_m"
-        config = config._replace(**{rows: getattr(config, rows) // 2, "num_warps": 4})
+        if kernel == "backward-keys":
+            return config._replace(block_n=config.block_n // 2, num_warps=4)
+        tight = registers_hold_operands(target) or key["head_dim"] > 128
+        block_n = max(16, config.block_n // 2) if tight else config.block_n
+        return config._replace(block_m=config.block_m // 2, block_n=block_n, num_warps=4)
     return config
 
 
@@ -142,6 +145,8 @@ def _large(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfig |
             return TileConfig(128, 64, 8, 3)
         return TileConfig(128, 64, 8, 3) if width == 112 else TileConfig(128, 128, 8, 2)
     if kernel == "backward-statistics":
+        if width > 256:
+            return TileConfig(32, 16, 4, 1)
         return TileConfig(16, 16, 4, 1) if width > 80 else TileConfig(32, 32, 4, 1)
     if kernel == "backward-keys":
         if by_registers:
@@ -162,7 +167,9 @@ def _large(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfig |
     if kernel == "short-backward":
         if by_registers:
             return ShortConfig(64 if width <= 32 else 32, 8, 2 if width <= 64 else 1)
-        return ShortConfig(32, 8, 1) if width > 128 and target.capability >= 100 else ShortConfig(64, 8, 2)
+        if width > 128 and key["keys"] > 64 and target.capability >= 100:
+            return ShortConfig(32, 8, 1)
+        return ShortConfig(64, 8, 2)
     if kernel in ("wide-weights", "wide-gradients"):
         return WideConfig(128, 64 if by_registers and kernel == "wide-gradients" else 128, 64, 8, 3)
     return WideConfig(128, 64, 128, 8, 3)
