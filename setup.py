@@ -64,6 +64,7 @@ setup(
     package_data={
         "fastldm": ["configs/*.yaml", "assets/**/*"],
         "fastldm.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh", "*.md"],
+        **{name: ["tables/*.json"] for name in kernel_packages()},
     },
     distclass=WithExtension,
     cmdclass={"build_py": BuildPython, "bdist_wheel": Wheel},

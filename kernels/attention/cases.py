@@ -56,7 +56,7 @@ def plan(
 
 
 def _calls(target: Target, layers: Mapping[str, tuple], thorough: bool) -> Iterator[tuple[str, list[Launch]]]:
-    """The layers in bfloat16 and a few more; if thorough other dtypes, every set of pieces and all options."""
+    """The layers in bfloat16 and a few more; if thorough other dtypes, all sets of pieces and all options."""
     seen_head_dims = set()
     for name, shape in layers.items():
         shape = tuple(shape)
