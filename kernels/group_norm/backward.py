@@ -200,6 +200,6 @@ def backward(
     )
     for launch in plan.launches:
         launch.run()
-    _, *found = plan
-    inputs = (x, weight, bias, channel_bias, scale, shift)
-    return tuple(x.new_empty(0) if g is None else laid_out_as(g, like) for g, like in zip(found, inputs))
+    _, dx, *found = plan
+    grads = (None if dx is None else laid_out_as(dx, x), *found)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)

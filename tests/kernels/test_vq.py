@@ -145,9 +145,10 @@ def test_heuristics_are_among_the_candidates(kernel, capability):
                 "finish": lambda p=problem: configs.finish(p[0], p[2], target),
                 "ema_update": lambda p=problem: configs.ema_update(*p, target),
             }[kernel]()
-        ((_, name, key),) = calls
-        found = configs.candidates(name, key, target)
-        assert name == kernel
+        (choice,) = calls
+        found = configs.candidates(choice.kernel, choice.key, target)
+        assert choice.kernel == kernel
+        assert choice.candidates == tuple(found)
         assert found[0] == chosen
         assert len(set(found)) == len(found)
 
