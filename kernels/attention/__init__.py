@@ -31,7 +31,7 @@ def forward(q, k, v, attn_mask, is_causal, scale, need_lse):
 def backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):
     problem = problem_of(q, k, attn_mask, is_causal, scale)
     tensors = (dense_last(x) for x in (grad_out, q, k, v, out))
-    launches, grads = plan_backward(*tensors, lse, problem, target_of(q.device))
+    launches, grads = plan_backward(*tensors, lse.contiguous(), problem, target_of(q.device))
     for launch in launches:
         launch.run()
     return tuple(in_layout_of(grad, x) for grad, x in zip(grads, (q, k, v)))
