@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import torch
 
 from fastldm.errors import UnsupportedError
 from fastldm.implementation import Implementation
+from fastldm.kernels.common.support import interpreted
 
 # Module of kernels/, prefix of its functions.
 _OPS = {
@@ -17,11 +17,6 @@ _OPS = {
     "vq_nearest": ("vq", "nearest_"),
     "vq_ema_update": ("vq", "ema_update_"),
 }
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in Python on the CPU. It decides when a kernel is defined, once."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def implementation(op: str) -> Implementation:

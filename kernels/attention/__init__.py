@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ..common.layout import laid_out_as
 from ..common.support import refuse
 from ..common.target import target_of
 from .plans import plan_backward, plan_forward
-from .problem import dense_last, in_layout_of, problem_of
+from .problem import dense_last, problem_of
 
 __all__ = ["backward", "forward", "supports", "supports_backward"]
 
@@ -25,7 +26,7 @@ def forward(q, k, v, attn_mask, is_causal, scale, need_lse):
     )
     for launch in launches:
         launch.run()
-    return in_layout_of(out, q), lse
+    return laid_out_as(out, q), lse
 
 
 def backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):
@@ -34,4 +35,4 @@ def backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):
     launches, grads = plan_backward(*tensors, lse.contiguous(), problem, target_of(q.device))
     for launch in launches:
         launch.run()
-    return tuple(in_layout_of(grad, x) for grad, x in zip(grads, (q, k, v)))
+    return tuple(laid_out_as(grad, x) for grad, x in zip(grads, (q, k, v)))

@@ -108,13 +108,6 @@ def result_like(x: Tensor) -> Tensor:
     return result if result.stride(3) == 1 else x.new_empty(x.shape)
 
 
-def in_layout_of(result: Tensor, like: Tensor) -> Tensor:
-    """`result` in the strides of `torch.empty_like(like)`; copies only where `result_like` could not have
-    them."""
-    wanted = torch.empty_like(like)
-    return result if wanted.stride() == result.stride() else wanted.copy_(result)
-
-
 def strides(**tensors: Tensor) -> dict:
     """Strides of (B, H, S, D) tensors for a kernel, `stride_<letter><dimension>`, in units of ALIGN elements.
 

@@ -1,4 +1,4 @@
-"""The two dense layouts in which group norm kernels read an (N, C, *spatial) tensor.
+"""Layouts of results, and the two dense ones in which group norm kernels read an (N, C, *spatial) tensor.
 
 (batch, channels, pixels) and (batch, pixels, channels), with the pixels in any order.
 """

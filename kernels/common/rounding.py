@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
+from .support import interpreted
+
 # A constant of the kernels; Triton itself decides by the same variable.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
+INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit

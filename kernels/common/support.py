@@ -15,10 +15,11 @@ def refuse(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"takes float32, bfloat16 and float16, not {tensor.dtype}"
-        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreted()):
+        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted()):
             return f"runs on CUDA devices, not on {tensor.device.type}"
     return None
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether Triton runs kernels in Python on the CPU. It decides when a kernel is defined, once."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
