@@ -134,7 +134,7 @@ def aot_launches(
 def may_spill(launch: Launch, target: Target) -> bool:
     """Where no claim is made.
 
-    float32; causal elsewhere than on sm_90; mma.sync at head dims of 88 to 112 and over 160; and, of few keys
+    float32; causal; mma.sync at head dims of 88 to 112 and over 160; and, of few keys
     in float16, the dq of a head dim over 128, which takes dS in twice the precision.
     """
     width = sum(pieces(launch.arguments["HEAD_DIM"]))
@@ -142,7 +142,7 @@ def may_spill(launch: Launch, target: Target) -> bool:
         x = launch.arguments.get(name)
         if x is not None and x.dtype == torch.float32:
             return True
-    if launch.arguments.get("CAUSAL", False) and target.capability != 90:
+    if launch.arguments.get("CAUSAL", False):
         return True
     if launch.arguments.get("RESTS", False) and "partial_ptr" in launch.arguments and width > 128:
         return True

@@ -12,7 +12,7 @@ by `python -m benchmarks tune`.
   resident tile, and the others of a step by the number of stages.
 - mma.sync (sm_80 to sm_89, sm_120) has operands in registers, which wgmma and tcgen05 read from shared
   memory: so steps are smaller there.
-- Where spills remain: `cases.may_spill`.
+- Where more than a few registers spill: `cases.may_spill`.
 - float32 is computed on the FP32 pipes, operands and results in registers: tiles are small.
 """
 
@@ -117,7 +117,8 @@ def heuristic(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfi
     if key.get("small", False) and config.num_warps == 8 and key["dtype"] != "float32":
         # Half of the GPU would have nothing to do: twice the programs of half the rows and warps.
         if kernel == "backward-keys":
-            return config._replace(block_n=config.block_n // 2, num_warps=4)
+            block_m = config.block_m if key["head_dim"] <= 128 else min(32, config.block_m)
+            return config._replace(block_m=block_m, block_n=config.block_n // 2, num_warps=4)
         tight = registers_hold_operands(target) or key["head_dim"] > 128
         block_n = max(16, config.block_n // 2) if tight else config.block_n
         return config._replace(block_m=config.block_m // 2, block_n=block_n, num_warps=4)
@@ -168,7 +169,7 @@ def _large(kernel: str, key: dict, target: Target) -> TileConfig | ShortConfig |
         if by_registers:
             return ShortConfig(64 if width <= 32 else 32, 8, 2 if width <= 64 else 1)
         if width > 128 and key["keys"] > 64 and target.capability >= 100:
-            return ShortConfig(32, 8, 1)
+            return ShortConfig(16, 8, 1)
         return ShortConfig(64, 8, 2)
     if kernel in ("wide-weights", "wide-gradients"):
         return WideConfig(128, 64 if by_registers and kernel == "wide-gradients" else 128, 64, 8, 3)
