@@ -11,8 +11,20 @@ from typing import TYPE_CHECKING
 from fastldm._version import __version__
 
 if TYPE_CHECKING:
-    from fastldm import diffusion, evaluation, models, nn, ops, reference, systems, testing, training
+    from fastldm import (
+        diffusion,
+        evaluation,
+        integrations,
+        models,
+        nn,
+        ops,
+        reference,
+        systems,
+        testing,
+        training,
+    )
     from fastldm.dispatch import record, use_backend
+    from fastldm.integrations import applied, apply, revert, verify, warmup
     from fastldm.memory import keep_freed_memory
     from fastldm.nn import pack_weights
     from fastldm.ops import explain
@@ -21,6 +33,7 @@ if TYPE_CHECKING:
 _SUBMODULES = {
     "diffusion",
     "evaluation",
+    "integrations",
     "models",
     "nn",
     "ops",
@@ -31,19 +44,27 @@ _SUBMODULES = {
 }
 _NAMES = {
     "LatentDiffusionPipeline": "fastldm.systems.latent_diffusion",
+    "applied": "fastldm.integrations",
+    "apply": "fastldm.integrations",
     "explain": "fastldm.ops",
     "keep_freed_memory": "fastldm.memory",
     "pack_weights": "fastldm.nn",
     "record": "fastldm.dispatch",
+    "revert": "fastldm.integrations",
     "use_backend": "fastldm.dispatch",
+    "verify": "fastldm.integrations",
+    "warmup": "fastldm.integrations",
 }
 
 __all__ = [
     "LatentDiffusionPipeline",
     "__version__",
+    "applied",
+    "apply",
     "diffusion",
     "evaluation",
     "explain",
+    "integrations",
     "keep_freed_memory",
     "models",
     "nn",
@@ -51,10 +72,13 @@ __all__ = [
     "pack_weights",
     "record",
     "reference",
+    "revert",
     "systems",
     "testing",
     "training",
     "use_backend",
+    "verify",
+    "warmup",
 ]
 
 

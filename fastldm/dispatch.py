@@ -135,7 +135,8 @@ def current_state() -> State:
     return _state.get() or _default_state()
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises ValueError unless `name` is "auto" or a backend."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; use one of: auto, {', '.join(BACKENDS)}")
 
@@ -148,7 +149,7 @@ def use_backend(name: str) -> Iterator[None]:
     choice back to fastldm. A `backend=` argument at the call wins. Backward passes run under the policy of
     their forward.
     """
-    _check_name(name)
+    check_name(name)
     token = _state.set(current_state()._replace(policy=name))
     try:
         yield
@@ -257,7 +258,7 @@ def run(op: str, direction: str, backend: str, args: tuple, state: State):
         else:
             raise UnsupportedError(f"{op} {direction}: no backend can do this call ({'; '.join(reasons)})")
     else:
-        _check_name(policy)
+        check_name(policy)
         name = policy
         reason = _reject(name, op, direction, args)
         if reason is not None:
@@ -284,6 +285,20 @@ def run_composite(op: str, backend: str, args: tuple) -> torch.Tensor | None:
     return result
 
 
+def leave_to_torch(op: str, backend: str, reason: str, tensors: tuple[torch.Tensor, ...]) -> None:
+    """Records that a model's own code does a call that `op` does not take; raises UnsupportedError where
+    `backend` or the policy names a backend. Inside a compiled graph the policy is not looked at."""
+    compiling = torch.compiler.is_compiling()
+    state = State("auto", ()) if compiling else current_state()
+    policy = backend if backend != "auto" else state.policy
+    if policy not in ("auto", "torch"):
+        raise UnsupportedError(f"backend {policy!r} cannot run {op} here: {reason}; use backend='auto'")
+    if not compiling:
+        _warn_once(op, "fastldm", reason)
+        if state.recorders:
+            _record(op, "forward", "torch", tensors, state, reason)
+
+
 def _record(op: str, direction: str, name: str, args: tuple, state: State, fallback: str | None) -> None:
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     shapes = tuple(tuple(t.shape) for t in tensors)
@@ -301,7 +316,7 @@ def _warn_once(op: str, backend: str, reason: str) -> None:
 def why(op: str, backend: str, args: tuple) -> Explanation:
     """What `run` would choose for the forward of `op`, with every other backend's reason."""
     policy = backend if backend != "auto" else current_state().policy
-    _check_name(policy)
+    check_name(policy)
     order = AUTO.get(args[0].device.type, AUTO_ELSEWHERE)
     names = (*order, *(name for name in BACKENDS if name not in order))
     chosen, reasons = None, {}

@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
+from fastldm.nn.hooks import only_computes
 from fastldm.nn.transformer import GEGLU
 
 _onednn = torch.ops.mkldnn
@@ -275,7 +275,7 @@ class PackedGEGLU(_Packed, GEGLU):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         proj = self.proj
-        if not _only_computes(proj):
+        if type(proj) is not PackedLinear or not only_computes(proj):
             return super().forward(hidden_states)
         weight, bias = proj._parameters.get("weight"), proj._bias()
         if not (_usable(hidden_states, weight, bias) and self._fits(hidden_states, weight)):
@@ -285,19 +285,6 @@ class PackedGEGLU(_Packed, GEGLU):
         gate = _onednn._linear_pointwise(hidden_states, gate, gate_bias, "gelu", [], "none")
         # oneDNN can multiply as well, but together with a bias that takes 1.5 ms more (PyTorch 2.13).
         return _linear(hidden_states, value, value_bias).mul_(gate)
-
-
-def _only_computes(proj: nn.Module) -> bool:
-    """Whether calling `proj` would do no more than a packed linear layer does: no hooks, no other forward."""
-    return type(proj) is PackedLinear and not (
-        proj._forward_hooks
-        or proj._forward_pre_hooks
-        or proj._backward_hooks
-        or proj._backward_pre_hooks
-        or _has_any_global_hook()
-        or "forward" in proj.__dict__
-        or proj._compiled_call_impl is not None
-    )
 
 
 _PACKED = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d, GEGLU: PackedGEGLU}

@@ -58,26 +58,31 @@ def assert_as_accurate(
         )
     if reference.numel() == 0:
         return
-    # An overflow to infinity where the tested dtype cannot hold the true number is no fault of the kernel.
     assert_same_special_values(result, reference.to(result.dtype), name)
+    error, limit, plain_error = errors(result, reference, plain, terms=terms)
+    if error.max().item() > limit:
+        where = _first(error > limit)
+        relative = (error.norm() / reference[reference.isfinite()].double().norm()).item()
+        raise AssertionError(
+            f"{name}: max error {error.max().item():.3e} over the limit {limit:.3e} "
+            f"(plain PyTorch: {plain_error:.3e}), relative L2 error {relative:.3e}, "
+            f"{int((error > limit).sum())} of {error.numel()} elements, first at {where}: "
+            f"got {result[where].item()}, reference {reference[where].item()}"
+        )
+
+
+def errors(result: Tensor, reference: Tensor, plain: Tensor, *, terms: int) -> tuple[Tensor, float, float]:
+    """The absolute error of each element of `result`, the limit of the rule, and the largest of `plain`."""
+    # An overflow to infinity where the tested dtype cannot hold the true number is no fault of the kernel.
     finite = reference.to(result.dtype).isfinite()
     truth = reference.double().masked_fill(~finite, 0.0)
     error = (result.double() - truth).abs().masked_fill(~finite, 0.0)
     plain_error = (plain.double() - truth).abs().masked_fill(~finite, 0.0)
-    plain_error = plain_error.masked_fill(~plain_error.isfinite(), 0.0)
+    plain_error = plain_error.masked_fill(~plain_error.isfinite(), 0.0).max().item()
     summation = torch.finfo(torch.promote_types(result.dtype, torch.float32)).eps
     atol = rounding_atol(reference[finite], result.dtype)
     atol += math.sqrt(terms) * summation * truth.abs().max().item()
-    limit = 2.0 * plain_error.max().item() + atol
-    if error.max().item() > limit:
-        where = _first(error > limit)
-        relative = (error.norm() / truth.norm()).item()
-        raise AssertionError(
-            f"{name}: max error {error.max().item():.3e} over the limit {limit:.3e} "
-            f"(plain PyTorch: {plain_error.max().item():.3e}), relative L2 error {relative:.3e}, "
-            f"{int((error > limit).sum())} of {error.numel()} elements, first at {where}: "
-            f"got {result[where].item()}, reference {truth[where].item()}"
-        )
+    return error, 2.0 * plain_error + atol, plain_error
 
 
 def _first(wrong: Tensor) -> tuple[int, ...]:

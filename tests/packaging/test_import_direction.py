@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "cli": BASE
     | {"io", "pictures", "models", "diffusion", "systems", "training", "evaluation"}
     | {"dispatch", "env", "memory", "native", "nn"},
+    "integrations": BASE | {"ops", "nn", "dispatch", "testing"},
     "__main__": {"cli"},
 }
 

@@ -1,0 +1,240 @@
+"""`apply`, `revert` and `applied`: find what fastldm knows in a model, swap it, undo that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fastldm import dispatch
+from fastldm.errors import UnsupportedError
+from fastldm.integrations.report import Entry, Report
+from fastldm.integrations.rules import Match, rules
+from fastldm.integrations.sdpa import calls_sdpa, redirected
+from fastldm.integrations.swapping import Swap, original_class, subclass, swap_of, swapped_copy
+
+OPS = ("attention", "group_norm", "vq_nearest")
+
+
+class _Site(NamedTuple):
+    path: str
+    module: nn.Module
+    match: Match
+
+    @property
+    def thing(self) -> object:
+        return self.module if self.match.attribute is None else getattr(self.module, self.match.attribute)
+
+    @property
+    def shown_path(self) -> str:
+        return ".".join(part for part in (self.path, self.match.attribute) if part)
+
+
+def apply(
+    model: object,
+    ops: Iterable[str] = OPS,
+    *,
+    backend: str = "auto",
+    filter: Callable[[str, nn.Module], bool] | None = None,
+    strict: bool = False,
+    attention_classes: Iterable[type[nn.Module]] = (),
+) -> Report:
+    """Lets fastldm's operations compute in `model`, in place.
+
+    Known are, of torch.nn: GroupNorm, GroupNorm followed by SiLU in a Sequential, MultiheadAttention called
+    with need_weights=False; of diffusers: ResnetBlock2D, all attention processors that call
+    `scaled_dot_product_attention` or diffusers' attention dispatcher, VectorQuantizer. Parameters, buffers,
+    state_dict, class names, `isinstance`, deepcopy and pickle stay as they are; nothing outside `model`
+    changes. Linear layers, convolutions, and processors with weights (IP-Adapter) are never touched. May be
+    called before or after LoRA is loaded and before or after `torch.compile`; again, it changes what it did
+    to the new arguments.
+
+    Args:
+        model: a module, or a pipeline (anything with `components`), of which all modules are looked at.
+        ops: of "attention", "group_norm", "vq_nearest".
+        backend: "auto", a preference: each call takes the best backend that can do it, PyTorch's own kernels
+            at worst, and `fastldm.record()` tells. The name of a backend is a requirement: a call that it
+            cannot do raises UnsupportedError.
+        filter: (path, module) -> whether to touch that module; paths as in the report.
+        strict: raise if something known has to be left as it is.
+        attention_classes: classes of yours whose `forward` calls `F.scaled_dot_product_attention` by a global
+            name (`F`, `torch` or the function itself), to be redirected as diffusers' are. Others that do are
+            listed as skipped.
+
+    Returns:
+        What was replaced and what was skipped and why. Print it, or read `.entries` or `.to_dict()`.
+
+    Raises:
+        TypeError: `model` is neither a module nor a pipeline with one.
+        ValueError: an unknown operation or backend; a class that does not call attention so.
+        UnsupportedError: a named backend that is not there; with `strict`, what was skipped. Nothing has
+            changed then.
+    """
+    wanted = _checked_ops(ops)
+    dispatch.check_name(backend)
+    classes = tuple(attention_classes)
+    for cls in classes:
+        if not calls_sdpa(vars(cls).get("forward")):
+            raise ValueError(
+                f"attention_classes: the forward of {cls.__name__} calls no scaled_dot_product_attention "
+                "by a global name"
+            )
+    report, swaps = Report(), []
+    for site in _sites(model, wanted, filter, classes):
+        match, was = site.match, original_class(site.thing).__name__
+        reason = match.skipped or _why_not(site)
+        if reason is not None:
+            report.entries.append(Entry(site.shown_path, match.op, was, None, None, reason))
+            continue
+        report.entries.append(Entry(site.shown_path, match.op, was, match.now, backend))
+        swaps.append((site, subclass(Swap(original_class(site.thing), match.make, backend))))
+
+    _check_backend(backend, {entry.op for entry in report.replaced})
+    if strict and report.skipped:
+        first = report.skipped[0]
+        raise UnsupportedError(
+            f"strict: {len(report.skipped)} of {len(report.entries)} places cannot be replaced, the first is "
+            f"{first.path!r} ({first.was}): {first.skipped}"
+        )
+    copies: dict[int, object] = {}
+    for site, cls in swaps:
+        report._undo.append(_swap(site, cls, copies))
+    return report
+
+
+def revert(model: object) -> None:
+    """Undoes every `apply` to `model`; what was never applied, or is reverted, stays as it is."""
+    copies: dict[int, object] = {}
+    for _, module in _modules(model):
+        processor = vars(module).get("processor")
+        if swap_of(processor) is not None:
+            _swap(
+                _Site("", module, Match("attention", attribute="processor")),
+                original_class(processor),
+                copies,
+            )
+        if swap_of(module) is not None:
+            module.__class__ = original_class(module)
+
+
+def named_places(model: object) -> Iterator[tuple[str, nn.Module, str]]:
+    """(path, module, name of the original class) of what `apply` has replaced in `model`."""
+    for path, module in _modules(model):
+        processor = vars(module).get("processor")
+        if swap_of(processor) is not None:
+            yield f"{path}.processor".lstrip("."), module, original_class(processor).__name__
+        if swap_of(module) is not None:
+            yield path, module, original_class(module).__name__
+
+
+@contextmanager
+def applied(model: object, *args, **kwargs) -> Iterator[Report]:
+    """`apply` for the time of a `with` block; then everything is as it was, after exceptions too."""
+    report = apply(model, *args, **kwargs)
+    try:
+        yield report
+    finally:
+        for undo in reversed(report._undo):
+            undo()
+
+
+def _swap(site: _Site, cls: type, copies: dict[int, object]) -> Callable[[], None]:
+    """Makes the thing at `site` a `cls` and returns what undoes that.
+
+    A module changes its class. An object in an attribute may be shared with a model that is not meant, so a
+    copy of it takes its place, one for all its places.
+    """
+    module, attribute = site.module, site.match.attribute
+    if attribute is None:
+        before = type(module)
+        module.__class__ = cls
+        return lambda: _set_class(module, cls, before)
+    thing = site.thing
+    if id(thing) not in copies:
+        copies[id(thing)] = swapped_copy(thing, cls), thing  # kept alive, so that no id comes twice
+    new = copies[id(thing)][0]
+    setattr(module, attribute, new)
+
+    def undo():
+        if getattr(module, attribute, None) is new:
+            setattr(module, attribute, thing)
+
+    return undo
+
+
+def _set_class(module: nn.Module, expected: type, cls: type) -> None:
+    if type(module) is expected:
+        module.__class__ = cls
+
+
+def _checked_ops(ops: Iterable[str]) -> set[str]:
+    wanted = {ops} if isinstance(ops, str) else set(ops)
+    unknown = sorted(map(str, wanted - set(OPS)))
+    if unknown:
+        raise ValueError(f"unknown operation {unknown[0]!r}; use some of: {', '.join(OPS)}")
+    return wanted
+
+
+def _check_backend(backend: str, ops: set[str]) -> None:
+    for op in sorted(ops) if backend != "auto" else ():
+        reason = dispatch.find(backend, op)
+        if isinstance(reason, str):
+            raise UnsupportedError(f"backend {backend!r} cannot run {op}: {reason}; use backend='auto'")
+
+
+def _why_not(site: _Site) -> str | None:
+    if site.match.attribute is None and "forward" in vars(site.module):
+        return "its forward was replaced on the instance (by accelerate's hooks?); apply before that"
+    return None
+
+
+def _sites(
+    model: object, wanted: set[str], filter: Callable | None, attention_classes: tuple[type, ...]
+) -> Iterator[_Site]:
+    known, covered = rules(), set()
+    for path, module in _modules(model):
+        if filter is not None and not filter(path, module):
+            continue
+        for match in _matches(module, known, attention_classes):
+            if match.op not in wanted or (match.attribute is None and id(module) in covered):
+                continue
+            if match.skipped is None:
+                covered.update(id(getattr(module, name)) for name in match.covers)
+            yield _Site(path, module, match)
+
+
+def _matches(module: nn.Module, known: list, attention_classes: tuple[type, ...]) -> list[Match]:
+    found = [match for match in (rule(module) for rule in known) if match is not None]
+    kind = original_class(module)
+    if not found and calls_sdpa(vars(kind).get("forward")):
+        reason = None if kind in attention_classes else "its class is unknown; name it in attention_classes"
+        found.append(Match("attention", "the same with fused attention", _members, skipped=reason))
+    return found
+
+
+def _members(base: type, backend: str) -> dict:
+    return {"forward": redirected(base.forward, backend)}
+
+
+def _modules(model: object) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of all, none twice; under what torch.compile wrapped, by the path of the original."""
+    roots = _roots(model)
+    seen: set[nn.Module] = set()
+    for name, root in roots.items():
+        for path, module in root.named_modules(memo=seen, prefix=name):
+            if not isinstance(module, torch._dynamo.OptimizedModule):
+                yield ".".join(part for part in path.split(".") if part != "_orig_mod"), module
+
+
+def _roots(model: object) -> dict[str, nn.Module]:
+    if isinstance(model, nn.Module):
+        return {"": model}
+    components = getattr(model, "components", None)
+    if isinstance(components, dict):
+        modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+        if modules:
+            return modules
+    raise TypeError(f"model must be an nn.Module or a pipeline with modules, got {type(model).__name__}")

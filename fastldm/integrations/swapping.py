@@ -1,0 +1,94 @@
+"""Objects that change their class, and functions of others that call ours.
+
+A swapped object is of a subclass of its class, with the same name, made here: `isinstance`, state_dict,
+deepcopy and pickle go on as before, and `torch.compile` sees an ordinary class.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+
+class Swap(NamedTuple):
+    """How a class came about: `make(base, backend)` gave the members that it has beside those of `base`."""
+
+    base: type
+    make: Callable[[type, str], dict]
+    backend: str
+
+
+@cache
+def subclass(swap: Swap) -> type:
+    base = swap.base
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        "_fastldm_swap": swap,
+    }
+    return type(base.__name__, (base,), {**members, **swap.make(*swap[::2])})
+
+
+def swap_of(thing: object) -> Swap | None:
+    return getattr(type(thing), "_fastldm_swap", None)
+
+
+def original_class(thing: object) -> type:
+    """The class of `thing` as it was before any swap."""
+    swap = swap_of(thing)
+    return type(thing) if swap is None else swap.base
+
+
+def _reduce(self, protocol):
+    """As the base class reduces, with the base class for the made one, which pickle does not find by name."""
+    swap = swap_of(self)
+    function, args, *rest = swap.base.__reduce_ex__(self, protocol)
+    args = tuple(swap.base if arg is type(self) else arg for arg in args)
+    return (_restore, (swap, function, args), *rest)
+
+
+def _restore(swap: Swap, function: Callable, args: tuple) -> object:
+    thing = function(*args)
+    thing.__class__ = subclass(swap)
+    return thing
+
+
+def swapped_copy(thing: object, cls: type) -> object:
+    """A shallow copy of `thing` that is a `cls`."""
+    plain = copy.copy(thing)
+    plain.__class__ = cls
+    return plain
+
+
+def rebound(function: types.FunctionType, names: dict[str, object]) -> types.FunctionType:
+    """`function` with other values behind some of its global names.
+
+    Its globals have no `__name__`: by that torch.compile would look them up in the module of the function.
+    """
+    scope = {**function.__globals__, **names}
+    scope.pop("__name__", None)
+    new = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+    )
+    new.__kwdefaults__ = function.__kwdefaults__
+    new.__annotations__ = function.__annotations__
+    new.__dict__.update(function.__dict__)
+    new.__module__, new.__qualname__, new.__doc__ = (
+        function.__module__,
+        function.__qualname__,
+        function.__doc__,
+    )
+    return new
+
+
+def like_module(module: types.ModuleType, **names: object) -> types.ModuleType:
+    """A module with the contents of `module` but for `names`."""
+    new = types.ModuleType(f"{module.__name__} for fastldm")
+    new.__dict__.update({key: value for key, value in vars(module).items() if key not in vars(new)})
+    new.__dict__.update(names)
+    return new
