@@ -1,0 +1,264 @@
+"""`fastldm.apply` on modules of torch.nn: the results, the gradients and the calls that PyTorch keeps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastldm
+from fastldm.errors import UnsupportedError
+from fastldm.testing import assert_as_accurate
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@torch.no_grad()
+def both(module: nn.Module, *inputs, **named) -> tuple:
+    """Results of a module as it is, after apply, and (in float64) the truth."""
+    plain = module(*inputs, **named)
+    double = {key: x.double() if is_float(x) else x for key, x in named.items()}
+    truth = copy.deepcopy(module).double()(*(x.double() if is_float(x) else x for x in inputs), **double)
+    with fastldm.record() as calls:
+        fastldm.apply(module)
+        result = module(*inputs, **named)
+    return result, truth, plain, calls
+
+
+def is_float(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 5), (2, 8, 6, 5), (1, 8, 2, 3, 4)])
+def test_group_norm(shape, affine, dtype):
+    x = torch.randn(shape).to(dtype)
+    result, truth, plain, calls = both(nn.GroupNorm(2, 8, affine=affine).to(dtype), x)
+    assert [call.op for call in calls.calls] == ["group_norm"]
+    assert_as_accurate(result, truth, plain, terms=x[0].numel())
+
+
+def test_group_norm_keeps_the_layout():
+    x = torch.randn(2, 8, 6, 5).contiguous(memory_format=torch.channels_last)
+    norm = nn.GroupNorm(2, 8)
+    fastldm.apply(norm)
+    assert norm(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_group_norm_of_six_dimensions_is_left_to_pytorch():
+    x, norm = torch.randn(2, 8, 2, 2, 2, 2), nn.GroupNorm(2, 8)
+    plain = norm(x)
+    fastldm.apply(norm)
+    with fastldm.record() as calls:
+        assert torch.equal(norm(x), plain)
+    assert [(call.op, call.backend) for call in calls.calls] == [("group_norm", "torch")]
+    assert "6 dimensions" in calls.calls[0].fallback
+
+
+def test_sequential_folds_the_silu_in():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.GroupNorm(4, 8), nn.ReLU(), nn.SiLU()
+    )
+    x = torch.randn(2, 3, 9, 7)
+    plain, truth = model(x), copy.deepcopy(model).double()(x.double())
+    report = fastldm.apply(model)
+    assert [(entry.path, entry.was) for entry in report.entries] == [("", "Sequential"), ("3", "GroupNorm")]
+    silu_calls = []
+    model[2].register_forward_hook(lambda *args: silu_calls.append(1))
+    handle = model[2]._forward_hooks
+    model(x)
+    assert silu_calls == [1], "a SiLU with a hook is called"
+    handle.clear()
+    with fastldm.record() as calls:
+        result = model(x)
+    assert [call.op for call in calls.calls] == ["group_norm", "group_norm"]
+    assert_as_accurate(result, truth, plain, terms=100)
+
+
+def test_a_hook_on_the_norm_of_a_sequential_still_runs():
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())
+    fastldm.apply(model)
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    x = torch.randn(2, 8, 4)
+    torch.testing.assert_close(model(x), F.silu(seen[0]))
+
+
+def test_gradients_through_a_sequential():
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv1d(8, 4, 3))
+    fused, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    fastldm.apply(fused)
+    x = torch.randn(2, 8, 300)
+    for net, given in ((model, x), (fused, x), (exact, x.double())):
+        net(given).square().sum().backward()
+    for ours, truth, plain in zip(fused.parameters(), exact.parameters(), model.parameters()):
+        assert_as_accurate(ours.grad, truth.grad, plain.grad, terms=2 * 300 * 8)
+
+
+MASKS = {
+    "none": {},
+    "padding": {"key_padding_mask": torch.tensor([[False] * 7, [False] * 4 + [True] * 3])},
+    "bool": {"attn_mask": torch.ones(5, 7, dtype=torch.bool).triu(1)},
+    "float": {"attn_mask": torch.linspace(-3, 3, 35).reshape(5, 7)},
+    "per head": {"attn_mask": (torch.arange(2 * 4 * 5 * 7).reshape(8, 5, 7) % 3) == 1},
+    "two": {
+        "attn_mask": torch.linspace(-3, 3, 35).reshape(5, 7),
+        "key_padding_mask": torch.tensor([[False] * 7, [False] * 4 + [True] * 3]),
+    },
+    "two bool": {
+        "attn_mask": torch.ones(5, 7, dtype=torch.bool).triu(1),
+        "key_padding_mask": torch.tensor([[False] * 7, [False] * 4 + [True] * 3]),
+    },
+}
+
+
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("kind", ["batch first", "sequence first", "other widths", "no bias"])
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+def test_multihead_attention(kind, masks):
+    widths = {"kdim": 12, "vdim": 20} if kind == "other widths" else {}
+    first = kind != "sequence first"
+    attention = nn.MultiheadAttention(32, 4, batch_first=first, bias=kind != "no bias", **widths).eval()
+    if kind != "no bias":
+        nn.init.normal_(attention.in_proj_bias)
+    query = torch.randn(2, 5, 32)
+    key, value = torch.randn(2, 7, widths.get("kdim", 32)), torch.randn(2, 7, widths.get("vdim", 32))
+    if not first:
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    (result, weights), (truth, _), (plain, _), calls = both(
+        attention, query, key, value, need_weights=False, **masks
+    )
+    assert weights is None
+    assert [call.op for call in calls.calls] == ["attention"]
+    assert calls.calls[0].fallback is None
+    assert_as_accurate(result, truth, plain, terms=32 * 7)
+
+
+def test_self_attention_with_gradients():
+    attention = nn.MultiheadAttention(32, 4, batch_first=True)
+    fused, exact = copy.deepcopy(attention), copy.deepcopy(attention).double()
+    fastldm.apply(fused)
+    x = torch.randn(2, 6, 32)
+    for net, given in ((attention, x), (fused, x), (exact, x.double())):
+        net(given, given, given, need_weights=False)[0].square().sum().backward()
+    for ours, truth, plain in zip(fused.parameters(), exact.parameters(), attention.parameters()):
+        assert_as_accurate(ours.grad, truth.grad, plain.grad, terms=2 * 6 * 32)
+
+
+@pytest.mark.parametrize(
+    ("reason", "options", "inputs", "named"),
+    [
+        ("need_weights", {}, (2, 5, 32), {}),
+        ("dropout", {"dropout": 0.5}, (2, 5, 32), {"need_weights": False}),
+        ("batch", {}, (5, 32), {"need_weights": False}),
+    ],
+)
+def test_what_multihead_attention_leaves_to_pytorch(reason, options, inputs, named):
+    attention, x = nn.MultiheadAttention(32, 4, batch_first=True, **options), torch.randn(inputs)
+    torch.manual_seed(0)
+    plain = attention(x, x, x, **named)
+    fastldm.apply(attention)
+    torch.manual_seed(0)
+    with fastldm.record() as calls:
+        result = attention(x, x, x, **named)
+    torch.testing.assert_close(result, plain, rtol=0, atol=0)
+    assert reason in calls.calls[0].fallback
+    fastldm.apply(attention, backend="reference")
+    with pytest.raises(UnsupportedError, match=reason):
+        attention(x, x, x, **named)
+
+
+def test_multihead_attention_with_keys_of_its_own_is_skipped():
+    report = fastldm.apply(nn.MultiheadAttention(32, 4, add_bias_kv=True))
+    assert [entry.skipped for entry in report.entries] == [
+        "it adds keys of its own (add_bias_kv, add_zero_attn)"
+    ]
+
+
+class Attends(nn.Module):
+    """A class of a user's own, with PyTorch's attention behind a global name."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+        self.proj = nn.Linear(24, 24)
+
+    def forward(self, q, k=None, v=None):
+        k, v = q if k is None else k, q if v is None else v
+        return F.scaled_dot_product_attention(self.proj(q), k, v, **self.options)
+
+
+class AttendsByTorch(Attends):
+    def forward(self, q):
+        return torch.nn.functional.scaled_dot_product_attention(self.proj(q), q, q)
+
+
+@pytest.mark.parametrize("cls", [Attends, AttendsByTorch])
+def test_a_class_of_ones_own(cls):
+    module, x = cls(), torch.randn(2, 3, 10, 24)
+    (entry,) = fastldm.apply(module).entries
+    assert "attention_classes" in entry.skipped
+    plain, truth = module(x), copy.deepcopy(module).double()(x.double())
+    fastldm.apply(module, attention_classes=[cls])
+    with fastldm.record() as calls:
+        result = module(x)
+    assert calls.backends().keys() == {"attention"}
+    assert_as_accurate(result, truth, plain, terms=24 * 10)
+
+
+SHAPES = {
+    "head dim of no kernel": ((2, 3, 10, 20), (2, 3, 7, 20), {}),
+    "three dimensions": ((6, 10, 24), (6, 7, 24), {"attn_mask": torch.rand(6, 10, 7) > 0.3}),
+    "grouped queries": ((2, 6, 10, 24), (2, 2, 7, 24), {"enable_gqa": True}),
+    "mask of two dimensions": ((7, 3, 7, 24), (7, 3, 7, 24), {"attn_mask": torch.rand(7, 7) > 0.3}),
+    "causal": ((2, 3, 10, 24), (2, 3, 7, 24), {"is_causal": True}),
+    "scale": ((2, 3, 10, 24), (2, 3, 7, 24), {"scale": 0.3}),
+}
+
+
+@pytest.mark.parametrize(("q_shape", "k_shape", "options"), SHAPES.values(), ids=SHAPES)
+def test_shapes_and_options_of_sdpa(q_shape, k_shape, options):
+    module = Attends(**options)
+    module.proj = nn.Identity()
+    q, k, v = torch.randn(q_shape), torch.randn(k_shape), torch.randn(k_shape)
+    plain = module(q, k, v)
+    truth = copy.deepcopy(module)(q.double(), k.double(), v.double())
+    fastldm.apply(module, attention_classes=[Attends])
+    with fastldm.record() as calls:
+        result = module(q, k, v)
+    assert [call.fallback for call in calls.calls] == [None]
+    assert_as_accurate(result, truth, plain, terms=24 * 7)
+
+
+LEFT = {
+    "dropout": ((2, 3, 10, 24), (2, 3, 10, 24), {"dropout_p": 0.5}),
+    "dimensions": ((1, 2, 3, 10, 24), (1, 2, 3, 10, 24), {}),
+    "different shapes": ((2, 3, 10, 24), (2, 3, 10, 24), {}),
+    "broadcast": ((2, 3, 10, 24), (1, 3, 10, 24), {}),
+    "head dim": ((2, 3, 10, 520), (2, 3, 10, 520), {}),
+    "causal too": ((2, 3, 10, 24), (2, 3, 10, 24), {"is_causal": True, "attn_mask": torch.zeros(10, 10)}),
+    "requires grad": ((2, 3, 10, 24), (2, 3, 10, 24), {"attn_mask": torch.zeros(10, 10, requires_grad=True)}),
+}
+
+
+@pytest.mark.parametrize(("q_shape", "k_shape", "options"), LEFT.values(), ids=LEFT)
+def test_what_sdpa_keeps(request, q_shape, k_shape, options):
+    module = Attends(**options)
+    module.proj = nn.Identity()
+    q, k = torch.randn(q_shape), torch.randn(k_shape)
+    v = k[..., :16] if request.node.callspec.id == "different shapes" else k
+    torch.manual_seed(0)
+    plain = module(q, k, v)
+    fastldm.apply(module, attention_classes=[Attends])
+    torch.manual_seed(0)
+    with fastldm.record() as calls:
+        assert torch.equal(module(q, k, v), plain)
+    assert calls.calls[0].backend == "torch"
+    assert request.node.callspec.id in calls.calls[0].fallback
+    fastldm.apply(module, attention_classes=[Attends], backend="reference")
+    with pytest.raises(UnsupportedError, match=request.node.callspec.id):
+        module(q, k, v)
