@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastldm
 import fastldm.models
 from benchmarks.providers import compiled, installed
 from benchmarks.registry import Case, Function, Judge, Op, Problem, Provider, Verdict, Work
@@ -86,6 +87,15 @@ class Networks:
         with SkipInit():
             network = getattr(fastldm.models, self.name).from_config(dict(peer.config))
         network.load_state_dict(peer.state_dict(), assign=True)
+        return network.eval().requires_grad_(False)
+
+    def applied(self, channels_last: bool) -> nn.Module:
+        """diffusers' network with fastldm applied."""
+        peer = self.rival(channels_last)
+        with SkipInit():
+            network = type(peer).from_config(peer.config)
+        network.load_state_dict(peer.state_dict(), assign=True)
+        fastldm.apply(network)
         return network.eval().requires_grad_(False)
 
     def exact(self) -> nn.Module:
@@ -174,6 +184,14 @@ def _packed(problem: Problem) -> Function:
     return _call(pack_weights(problem.networks.ours(channels_last=True)), channels_last=True)
 
 
+def _applied(channels_last: bool, problem: Problem) -> Function:
+    return _call(problem.networks.applied(channels_last), channels_last)
+
+
+def _applied_packed(problem: Problem) -> Function:
+    return _call(pack_weights(problem.networks.applied(channels_last=True)), channels_last=True)
+
+
 def _packed_refuses(case: Case) -> str | None:
     return None if case.device == "cpu" else "packs weights for the CPU only"
 
@@ -235,6 +253,8 @@ def _providers() -> list[Provider]:
     return [
         *(Provider(f"fastldm{end}", partial(_ours, last), ours=True) for end, last in both),
         Provider("fastldm-packed", _packed, ours=True, refuse=_packed_refuses),
+        *(Provider(f"applied{end}", partial(_applied, last), ours=True) for end, last in both),
+        Provider("applied-packed", _applied_packed, ours=True, refuse=_packed_refuses),
         *(Provider(f"diffusers{end}", partial(_diffusers, last)) for end, last in both),
         Provider("compile", _compiled),
         Provider("openvino", _openvino, refuse=_openvino_refuses),

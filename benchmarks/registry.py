@@ -16,7 +16,7 @@ from fastldm.errors import InputError
 # Each module has a tuple OPS.
 _MODULES = {
     "ops": ("benchmarks.ops.attention", "benchmarks.ops.group_norm", "benchmarks.ops.vq"),
-    "models": ("benchmarks.models",),
+    "models": ("benchmarks.models", "benchmarks.pipelines"),
 }
 GROUPS = tuple(_MODULES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
