@@ -233,20 +233,24 @@ def test_mean_far_from_zero_costs_no_digit_without_an_activation(layout, way):
     shape = GroupNormShape((1, 30, 9, 9), 3)
     inputs = group_norm_inputs(shape, torch.float32, layout=layout, mean=1e6, std=1.0)
     with Forced(WAYS[way]):
-        check(some(inputs, "weight", "bias"), 3, None, exact=True)
+        check(some(inputs, "weight", "bias", "channel_bias"), 3, None, exact=True)
 
 
 @pytest.mark.parametrize("way", ["resident", "sweep-2", "split-2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [30.0, 1e3, 3e4])
 def test_channel_bias_that_cancels_the_channels_of_x(size, layout, way):
-    """x and its bias are large, their sum is not, and it has digits that x - mean in float32 has lost."""
-    inputs = group_norm_inputs(GroupNormShape((1, 12, 9, 9), 3), torch.float32, layout=layout)
+    """x and its bias are large, their sum is not, and it has digits that x - mean in float32 has lost.
+
+    With less pixels than a tile has, the bias must not count where there are none.
+    """
     levels = size * torch.tensor([1.0, 0.0, 0.1, -0.3]).repeat(3)
-    inputs["x"] += levels[:, None, None]
-    inputs["channel_bias"] -= levels
-    with Forced(WAYS[way]):
-        check(inputs, 3)
+    for pixels in ((9, 9), (3, 3)):
+        inputs = group_norm_inputs(GroupNormShape((1, 12, *pixels), 3), torch.float32, layout=layout)
+        inputs["x"] += levels[:, None, None]
+        inputs["channel_bias"] -= levels
+        with Forced(WAYS[way]):
+            check(inputs, 3)
 
 
 @pytest.mark.parametrize("way", ["resident", "sweep", "split"])
@@ -332,6 +336,19 @@ def test_parameters_with_rows_apart(way):
     inputs["grad"] = inputs["grad"][:, :, :1, :1].expand(inputs["x"].shape)
     with Forced(WAYS[way]):
         check(inputs, 3)
+
+
+@pytest.mark.parametrize("way", ["resident", "split"])
+def test_parameters_with_columns_apart(way):
+    """Their gradients are contiguous all the same."""
+    inputs = group_norm_inputs(GroupNormShape((3, 12, 5, 7), 3), torch.float32)
+    for name in ("channel_bias", "scale"):
+        inputs[name] = inputs[name].t().contiguous().t()
+    for name in ("weight", "bias", "shift"):
+        inputs[name] = inputs[name].repeat_interleave(2, dim=-1)[..., ::2]
+    with Forced(WAYS[way]):
+        results = check(inputs, 3)
+    assert all(results[name].is_contiguous() for name in PARAMETERS)
 
 
 @pytest.mark.parametrize("way", ["resident", "sweep", "split"])
