@@ -64,8 +64,8 @@ def test_slack_where_squares_underflow(relative, dim):
     """Components of 2^-64, the squares of which may be flushed to 0."""
     length = Fraction(math.isqrt(dim), 2**64)
     assert Fraction(slack_of(0.0, 0.0, relative, dim)) >= 2 * Fraction(relative) * 3 * length**2
-    reach = Fraction(slack_of(2.0**40, 0.0, relative, dim))
-    assert reach >= 2 * Fraction(relative) * 2 * 2**20 * length
+    row = Fraction(1, 2**27)
+    assert Fraction(slack_of(float(row**2), 0.0, relative, dim)) >= 4 * Fraction(relative) * row * length
 
 
 @pytest.mark.parametrize(
