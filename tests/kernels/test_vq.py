@@ -27,6 +27,7 @@ if "triton" in live_backends("vq_nearest"):
     from fastldm.kernels.common import tables
     from fastldm.kernels.common.target import KNOWN
     from fastldm.kernels.vq import configs, finish, nearest, rows
+    from fastldm.kernels.vq.bound import relative_error_few, relative_error_many
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -200,6 +201,26 @@ def near_ties(dim):
 def test_near_ties_at_the_error_bound(dim):
     for z, codebook in near_ties(dim):
         check(z, codebook)
+
+
+def gaps_past_the_limit(dim):
+    """Rows between two neighbours, nearer to one by half more than what makes a row open: the scores alone
+    decide, and with a part of z'.e' missing they decide wrongly."""
+    _, codebook = vq_inputs(1, VQShape(200, dim))
+    codebook -= codebook.mean(dim=0)
+    distance = torch.cdist(codebook, codebook).fill_diagonal_(torch.inf)
+    other = codebook[distance.argmin(dim=1)]
+    middle, apart = (codebook + other) / 2, codebook - other
+    relative = relative_error_few(dim) if dim <= configs.FEW else relative_error_many(-(-dim // 32) * 32)
+    largest = codebook.norm(dim=1).max()
+    gap = 1.5 * 2.0 * relative * largest * (largest + 2.0 * middle.norm(dim=1, keepdim=True))
+    return middle + apart * gap / (2.0 * apart.square().sum(dim=1, keepdim=True)), codebook
+
+
+@pytest.mark.parametrize("dim", [3, 20, 30])
+def test_gaps_just_past_the_limit(dim):
+    with forced(search_many=small_many(codes=64)):
+        check(*gaps_past_the_limit(dim))
 
 
 def wrong_in_float32():
