@@ -253,6 +253,13 @@ def wrong_in_float32():
     return z[worst], codebook
 
 
+def test_rows_that_float32_ranks_wrongly_on_tensor_cores():
+    """In a tile that also has lanes without a code, at the distance infinity."""
+    z, codebook = (torch.nn.functional.pad(x, (0, 17)) for x in wrong_in_float32())
+    with forced(search_many=small_many(codes=128)):
+        check(z, codebook)
+
+
 def order_of_addition():
     """The components of a code in every order: the same real distance from a row of equal components, so that
     the roundings of squares and sums decide. The differences have so many bits that their squares are
@@ -342,6 +349,8 @@ def test_codes_of_different_size_in_one_tile(dim):
     z, codebook = vq_inputs(40, VQShape(128, dim))
     size = 10.0 ** torch.linspace(-9, 6, 128).unsqueeze(1)
     check(z * 10.0 ** torch.linspace(-8, 5, 40).unsqueeze(1), codebook * size)
+    codebook[[5, 70]] *= 1e-4
+    check(1.01 * codebook[::5], codebook)
 
 
 @pytest.mark.parametrize("dim", [3, 24])
