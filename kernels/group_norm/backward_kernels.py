@@ -12,6 +12,7 @@ from .tile import (
     block_channels,
     block_groups,
     channel_values,
+    exact_difference,
     membership,
     pixel_count,
     tile_offsets,
@@ -63,6 +64,7 @@ def one_program(
     mean_c = channel_values(mean_ptr, n * NUM_GROUPS + channel // CPG, exists, 0.0)
     rstd_c = channel_values(rstd_ptr, n * NUM_GROUPS + channel // CPG, exists, 0.0)
     channel_bias = channel_values(channel_bias_ptr, n * channel_bias_stride + channel, exists, 0.0)
+    high, low = exact_difference(channel_bias, mean_c)
     weight, bias, _, slope, offset = affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, exists
     )
@@ -74,7 +76,7 @@ def one_program(
         offsets = tile_offsets(channel, pixel, pixels, CHANNELS, CHANNELS_LAST)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        xhat = tl.where(mask, normalized(x, mean_c, rstd_c, channel_bias), 0.0)
+        xhat = tl.where(mask, normalized(x, high, low, rstd_c), 0.0)
         du = through_activation(grad, xhat, slope, offset, SILU)
         sum1 = tl.sum(du, axis=1)
         sum2 = tl.sum(du * xhat, axis=1)
@@ -83,9 +85,9 @@ def one_program(
         sum1, sum2, sum3 = chunk_sums(
             grad_ptr,
             x_ptr,
-            mean_c,
+            high,
+            low,
             rstd_c,
-            channel_bias,
             slope,
             offset,
             channel,
@@ -132,9 +134,9 @@ def one_program(
                 grad_ptr,
                 x_ptr,
                 dx_ptr,
-                mean_c,
+                high,
+                low,
                 rstd_c,
-                channel_bias,
                 slope,
                 offset,
                 c1,
@@ -195,12 +197,16 @@ def sums(
     _, _, _, slope, offset = affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, exists
     )
+    high, low = exact_difference(
+        channel_values(channel_bias_ptr, n * channel_bias_stride + channel, exists, 0.0),
+        channel_values(mean_ptr, n * NUM_GROUPS + channel // CPG, exists, 0.0),
+    )
     sum1, sum2, sum3 = chunk_sums(
         grad_ptr + n * CHANNELS * pixels,
         x_ptr + n * CHANNELS * pixels,
-        channel_values(mean_ptr, n * NUM_GROUPS + channel // CPG, exists, 0.0),
+        high,
+        low,
         channel_values(rstd_ptr, n * NUM_GROUPS + channel // CPG, exists, 0.0),
-        channel_values(channel_bias_ptr, n * channel_bias_stride + channel, exists, 0.0),
         slope,
         offset,
         channel,
@@ -336,13 +342,17 @@ def input_gradient(
     )
     group = channel // CPG
     coefficients = n * 3 * NUM_GROUPS + group
+    high, low = exact_difference(
+        channel_values(channel_bias_ptr, n * channel_bias_stride + channel, exists, 0.0),
+        channel_values(mean_ptr, n * NUM_GROUPS + group, exists, 0.0),
+    )
     write_dx(
         grad_ptr + n * CHANNELS * pixels,
         x_ptr + n * CHANNELS * pixels,
         dx_ptr + n * CHANNELS * pixels,
-        channel_values(mean_ptr, n * NUM_GROUPS + group, exists, 0.0),
+        high,
+        low,
         channel_values(rstd_ptr, n * NUM_GROUPS + group, exists, 0.0),
-        channel_values(channel_bias_ptr, n * channel_bias_stride + channel, exists, 0.0),
         slope,
         offset,
         channel_values(coefficients_ptr, coefficients, exists, 0.0),

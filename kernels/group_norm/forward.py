@@ -11,7 +11,8 @@ Three ways, chosen in configs.py:
 The variance is never E[x^2] - E[x]^2: sums run around a pivot close to the mean, a program's first guess of
 it, and a mean stays a pair (pivot, small rest) until it is subtracted, so that x - mean is exact where |mean|
 is much larger than the deviation ("corrected two-pass", and the merge of partial sums: Chan, Golub, LeVeque,
-The American Statistician 37, 1983).
+The American Statistician 37, 1983). What is added to x, channel_bias - pivot, is a pair as well, so
+that digits of x are not lost where a channel and its bias are large and cancel.
 """
 
 from __future__ import annotations

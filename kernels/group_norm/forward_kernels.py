@@ -11,8 +11,10 @@ from .tile import (
     block_channels,
     block_groups,
     channel_values,
+    exact_difference,
     membership,
     pixel_count,
+    shifted,
     sigmoid,
     tile_offsets,
     tile_to_groups,
@@ -47,7 +49,7 @@ def _chunk_statistics(
     first = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + channel_bias[:, None]
     first_count = CPG * tl.minimum(stop - start, BLOCK_P)
     pivot = tile_to_groups(tl.where(mask, first, 0.0), member, GROUPS) / first_count.to(tl.float32)
-    pivot_c = to_channels(pivot, member)
+    high, low = exact_difference(channel_bias, to_channels(pivot, member))
 
     total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     squares = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
@@ -57,7 +59,7 @@ def _chunk_statistics(
         mask = exists[:, None] & (pixel < pixels)[None, :]
         offsets = tile_offsets(channel, pixel, pixels, CHANNELS, CHANNELS_LAST)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        deviation = tl.where(mask, (x - pivot_c[:, None]) + channel_bias[:, None], 0.0)
+        deviation = tl.where(mask, shifted(x, high, low), 0.0)
         total += deviation
         squares += deviation * deviation
     rest = tile_to_groups(total, member, GROUPS) / count
@@ -66,10 +68,9 @@ def _chunk_statistics(
 
 
 @triton.jit
-def _activated(x, channel_bias, pivot_c, rest_c, slope, offset, SILU: tl.constexpr):
+def _activated(x, high, low, slope, offset, SILU: tl.constexpr):
     """y of a tile; `slope` has rstd in it."""
-    deviation = ((x - pivot_c[:, None]) + channel_bias[:, None]) - rest_c[:, None]
-    u = deviation * slope[:, None] + offset[:, None]
+    u = shifted(x, high, low) * slope[:, None] + offset[:, None]
     if SILU:
         u = u * sigmoid(u)
     return u
@@ -79,9 +80,8 @@ def _activated(x, channel_bias, pivot_c, rest_c, slope, offset, SILU: tl.constex
 def _normalize_chunk(
     x_ptr,
     y_ptr,
-    channel_bias,
-    pivot_c,
-    rest_c,
+    high,
+    low,
     slope,
     offset,
     channel,
@@ -101,7 +101,7 @@ def _normalize_chunk(
         offsets = tile_offsets(channel, pixel, pixels, CHANNELS, CHANNELS_LAST)
         # Nobody needs x again: it should not push what is still to be read out of the cache.
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-        y = _activated(x.to(tl.float32), channel_bias, pivot_c, rest_c, slope, offset, SILU)
+        y = _activated(x.to(tl.float32), high, low, slope, offset, SILU)
         tl.store(y_ptr + offsets, rounded_to(y, y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -155,8 +155,8 @@ def one_program(
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         biased = tl.where(mask, x + channel_bias[:, None], 0.0)
         pivot = tile_to_groups(biased, member, GROUPS) / count
-        pivot_c = to_channels(pivot, member)
-        deviation = tl.where(mask, (x - pivot_c[:, None]) + channel_bias[:, None], 0.0)
+        high, low = exact_difference(channel_bias, to_channels(pivot, member))
+        deviation = tl.where(mask, shifted(x, high, low), 0.0)
         rest = tile_to_groups(deviation, member, GROUPS) / count
         spread = tile_to_groups(deviation * deviation, member, GROUPS) - count * rest * rest
         spread = tl.where(spread < 0.0, 0.0, spread)
@@ -178,25 +178,24 @@ def one_program(
             BLOCK_P,
             CHANNELS_LAST,
         )
-        pivot_c = to_channels(pivot, member)
+        high, low = exact_difference(channel_bias, to_channels(pivot, member))
 
     rstd = tl.rsqrt(spread / count + eps)
     group, has_group = block_groups(block, NUM_GROUPS, GROUPS, BLOCK_G)
     tl.store(mean_ptr + n * NUM_GROUPS + group, pivot + rest, mask=has_group)
     tl.store(rstd_ptr + n * NUM_GROUPS + group, rstd, mask=has_group)
-    rest_c = to_channels(rest, member)
+    low -= to_channels(rest, member)
     slope = slope * to_channels(rstd, member)
 
     if RESIDENT:
-        y = _activated(x, channel_bias, pivot_c, rest_c, slope, offset, SILU)
+        y = _activated(x, high, low, slope, offset, SILU)
         tl.store(y_ptr + offsets, rounded_to(y, y_ptr.dtype.element_ty), mask=mask)
     else:
         _normalize_chunk(
             x_ptr,
             y_ptr,
-            channel_bias,
-            pivot_c,
-            rest_c,
+            high,
+            low,
             slope,
             offset,
             channel,
@@ -334,13 +333,13 @@ def normalize(
     _, _, _, slope, offset = affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, exists
     )
+    high, low = exact_difference(channel_bias, to_channels(pivot, member))
     start = chunk * chunk_pixels
     _normalize_chunk(
         x_ptr + n * CHANNELS * pixels,
         y_ptr + n * CHANNELS * pixels,
-        channel_bias,
-        to_channels(pivot, member),
-        to_channels(rest, member),
+        high,
+        low - to_channels(rest, member),
         slope * to_channels(rstd, member),
         offset,
         channel,

@@ -6,13 +6,13 @@ import triton
 import triton.language as tl
 
 from ..common.rounding import rounded_to
-from .tile import sigmoid, tile_offsets, to_channels, to_groups
+from .tile import shifted, sigmoid, tile_offsets, to_channels, to_groups
 
 
 @triton.jit
-def normalized(x, mean_c, rstd_c, channel_bias):
-    """xhat of a tile; x - mean first, which is exact where both are large."""
-    return ((x - mean_c[:, None]) + channel_bias[:, None]) * rstd_c[:, None]
+def normalized(x, high, low, rstd_c):
+    """xhat of a tile; (high, low) is channel_bias - mean."""
+    return shifted(x, high, low) * rstd_c[:, None]
 
 
 @triton.jit
@@ -29,9 +29,9 @@ def through_activation(grad, xhat, slope, offset, SILU: tl.constexpr):
 def chunk_sums(
     grad_ptr,
     x_ptr,
-    mean_c,
+    high,
+    low,
     rstd_c,
-    channel_bias,
     slope,
     offset,
     channel,
@@ -57,7 +57,7 @@ def chunk_sums(
         offsets = tile_offsets(channel, pixel, pixels, CHANNELS, CHANNELS_LAST)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        xhat = tl.where(mask, normalized(x, mean_c, rstd_c, channel_bias), 0.0)
+        xhat = tl.where(mask, normalized(x, high, low, rstd_c), 0.0)
         du = through_activation(grad, xhat, slope, offset, SILU)
         sum1 += du
         sum2 += du * xhat
@@ -70,9 +70,9 @@ def write_dx(
     grad_ptr,
     x_ptr,
     dx_ptr,
-    mean_c,
+    high,
+    low,
     rstd_c,
-    channel_bias,
     slope,
     offset,
     c1,
@@ -96,7 +96,7 @@ def write_dx(
         # Nobody needs these again: they should not push what is still to be read out of the cache.
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-        xhat = normalized(x.to(tl.float32), mean_c, rstd_c, channel_bias)
+        xhat = normalized(x.to(tl.float32), high, low, rstd_c)
         du = through_activation(grad.to(tl.float32), xhat, slope, offset, SILU)
         dx = combined(du, xhat, slope, rstd_c, c1, c2, off)
         tl.store(dx_ptr + offsets, rounded_to(dx, dx_ptr.dtype.element_ty), mask=mask)

@@ -84,6 +84,21 @@ def channel_values(pointer, offsets, mask, default):
 
 
 @triton.jit
+def exact_difference(a, b):
+    """(high, low) with the sum a - b, exactly, and high the difference in float32 (Knuth's two-sum)."""
+    high = a - b
+    taken = high - a
+    low = (a - (high - taken)) - (b + taken)
+    return high, low
+
+
+@triton.jit
+def shifted(x, high, low):
+    """x + (high + low) of a tile, for pairs per channel: exact where x and high cancel."""
+    return (x + high[:, None]) + low[:, None]
+
+
+@triton.jit
 def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, exists):
     """weight, bias and 1 + scale as they are, and slope and offset of u = xhat * slope + offset."""
     weight = channel_values(weight_ptr, channel, exists, 1.0)
