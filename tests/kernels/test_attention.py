@@ -172,6 +172,8 @@ def test_masks_of_any_strides(path, take):
         full.double(),
         full.half(),
         full.bfloat16(),
+        full.to(torch.float8_e5m2),
+        full.to(torch.float8_e4m3fn),
         full > 0.0,
         (full > 0.0)[:, :, :1, :1],
         (full > 0.0).transpose(0, 1)[:1],
@@ -199,6 +201,23 @@ def test_layouts(layout, path, take):
     results = check(inputs)
     for result, like in zip(results, (inputs[0], *inputs[:3])):
         assert result.stride() == torch.empty_like(like).stride()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dimension", [0, 1, 2])
+def test_strides_past_2_31(dimension, path, take):
+    """Elements, of which those between are never touched."""
+    take(path)
+    queries, keys = (20, 35) if dimension < 2 else (2, 2)
+    inputs = attention_inputs(AttentionShape(2, 2, queries, keys, WIDTH[path]), torch.float16)
+    memory = torch.empty(2**31 + sum(x.numel() for x in inputs), dtype=torch.float16, device=DEVICE)
+    far, start = [], 0
+    for x in inputs:
+        strides = [2**31 if i == dimension else stride for i, stride in enumerate(x.stride())]
+        far.append(memory.as_strided(x.shape, strides, start).copy_(x))
+        start += x.numel()
+    for a, b in zip(ours(inputs), run(ops.attention, far, backend="triton")):
+        assert torch.equal(a, b.cpu())
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -260,6 +279,20 @@ def test_closed_keys_may_hold_the_largest_numbers(path, take):
         k[:, :, closed], v[:, :, closed] = largest, largest
         k[:, :, closed, ::2], v[:, :, closed, ::2] = -largest, -largest
         for a, b in zip(clean, ours((q, k, v, grad), attn_mask=mask)):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_keys_past_the_last_query_may_hold_the_largest_numbers(path, take):
+    """No query sees them where is_causal; their tile is one that queries see."""
+    take(path)
+    for dtype in DTYPES:
+        q, k, v, grad = attention_inputs(AttentionShape(1, 1, 20, 50, WIDTH[path]), dtype)
+        clean = ours((q, k, v, grad), is_causal=True)
+        largest = torch.finfo(dtype).max
+        k[:, :, 20:], v[:, :, 20:] = largest, largest
+        k[:, :, 20:, ::2], v[:, :, 20:, ::2] = -largest, -largest
+        for a, b in zip(clean, ours((q, k, v, grad), is_causal=True)):
             assert torch.equal(a, b)
 
 
