@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
-from contextlib import ExitStack
 
 import pytest
 import torch
@@ -30,7 +29,6 @@ if "triton" in live_backends("attention"):
         importlib.import_module(f"fastldm.kernels.attention.{name}")
         for name in ("configs", "plans", "problem", "wide")
     )
-    tables = importlib.import_module("fastldm.kernels.common.tables")
     target = importlib.import_module("fastldm.kernels.common.target")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,40 +67,6 @@ def check(inputs, mask=None, **arguments):
         assert result.dtype == q.dtype
         assert_as_accurate(result, exact, rough, name, terms=terms)
     return results
-
-
-@pytest.fixture
-def take(monkeypatch):
-    """take(path): calls take it, whatever their shape, in tiles of 16 or 32."""
-    with ExitStack() as stack:
-
-        def force(**chosen):
-            for name, config in chosen.items():
-                stack.enter_context(tables.forcing("attention", name.replace("_", "-"), config))
-
-        def take(path):
-            monkeypatch.setattr(configs, "is_wide", lambda problem: path == "wide")
-            monkeypatch.setattr(configs, "is_short", lambda problem, direction, target: path == "short")
-            monkeypatch.setattr(configs, "splits", lambda *_: 3 if path == "split" else 1)
-            monkeypatch.setattr(configs, "chunks", lambda *arguments: -(-arguments[-1] // 2))
-            # Parts of 32 queries.
-            monkeypatch.setattr(wide, "WORKSPACE", 1)
-            monkeypatch.setattr(wide, "PAD", 32)
-            force(
-                forward=configs.TileConfig(32, 16, 4, 1),
-                backward_statistics=configs.TileConfig(32, 32, 4, 1),
-                backward_keys=configs.TileConfig(16, 32, 4, 1),
-                backward_queries=configs.TileConfig(32, 16, 4, 1),
-                short_forward=configs.ShortConfig(16, 4, 1),
-                short_backward=configs.ShortConfig(16, 4, 1),
-                wide_weights=configs.WideConfig(16, 32, 16, 4, 1),
-                wide_values=configs.WideConfig(32, 16, 16, 4, 1),
-                wide_gradients=configs.WideConfig(32, 16, 16, 4, 1),
-                wide_product=configs.WideConfig(16, 32, 32, 4, 1),
-                wide_transposed=configs.WideConfig(32, 16, 16, 4, 1),
-            )
-
-        yield take
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -201,23 +165,6 @@ def test_layouts(layout, path, take):
     results = check(inputs)
     for result, like in zip(results, (inputs[0], *inputs[:3])):
         assert result.stride() == torch.empty_like(like).stride()
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dimension", [0, 1, 2])
-def test_strides_past_2_31(dimension, path, take):
-    """Elements, of which those between are never touched."""
-    take(path)
-    queries, keys = (20, 35) if dimension < 2 else (2, 2)
-    inputs = attention_inputs(AttentionShape(2, 2, queries, keys, WIDTH[path]), torch.float16)
-    memory = torch.empty(2**31 + sum(x.numel() for x in inputs), dtype=torch.float16, device=DEVICE)
-    far, start = [], 0
-    for x in inputs:
-        strides = [2**31 if i == dimension else stride for i, stride in enumerate(x.stride())]
-        far.append(memory.as_strided(x.shape, strides, start).copy_(x))
-        start += x.numel()
-    for a, b in zip(ours(inputs), run(ops.attention, far, backend="triton")):
-        assert torch.equal(a, b.cpu())
 
 
 @pytest.mark.parametrize("path", PATHS)
