@@ -35,10 +35,10 @@ _INTEGERS = [
 
 
 @triton.jit
-def score_gradients(p, dp, delta, MASK: tl.constexpr):
+def score_gradients(p, dp, delta, MASK: tl.constexpr, CAUSAL: tl.constexpr):
     """dS. What stands where a key is closed may have made dP infinite."""
     ds = p * (dp - delta)
-    if MASK != "none":
+    if MASK != "none" or CAUSAL:
         ds = tl.where(p == 0.0, 0.0, ds)
     return ds
 
@@ -98,7 +98,7 @@ def add_queries(
         dv0, dv1, dv2 = outer(rounded_to(p, g0.dtype), g0, g1, g2, dv0, dv1, dv2, D1, D2)
     if WANT_K:
         dp = inner(v0, v1, v2, g0, g1, g2, D1, D2)
-        ds = score_gradients(p, dp, delta[None, :], MASK)
+        ds = score_gradients(p, dp, delta[None, :], MASK, CAUSAL)
         dk0, dk1, dk2 = outer(rounded_to(ds, q0.dtype), q0, q1, q2, dk0, dk1, dk2, D1, D2)
     return dk0, dk1, dk2, dv0, dv1, dv2
 
@@ -166,10 +166,10 @@ def key_kernel(
     tile = program % tiles
     both = program // tiles
     batch, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
-    q = q_ptr + batch * (stride_qb * ALIGN) + head * (stride_qh * ALIGN)
-    k = k_ptr + batch * (stride_kb * ALIGN) + head * (stride_kh * ALIGN)
-    v = v_ptr + batch * (stride_vb * ALIGN) + head * (stride_vh * ALIGN)
-    g = g_ptr + batch * (stride_gb * ALIGN) + head * (stride_gh * ALIGN)
+    q = q_ptr + batch * stride_qb * ALIGN + head * stride_qh * ALIGN
+    k = k_ptr + batch * stride_kb * ALIGN + head * stride_kh * ALIGN
+    v = v_ptr + batch * stride_vb * ALIGN + head * stride_vh * ALIGN
+    g = g_ptr + batch * stride_gb * ALIGN + head * stride_gh * ALIGN
     mask = mask_ptr
     if MASK != "none":
         mask = mask_ptr + batch * stride_mb + head * stride_mh
@@ -209,10 +209,10 @@ def key_kernel(
     if WANT_K:
         factor = tl.zeros([BLOCK_N], tl.float32) + grad_scale
         dk0, dk1, dk2 = scale_rows(factor, dk0, dk1, dk2, D1, D2)
-        dk = dk_ptr + batch * (stride_yb * ALIGN) + head * (stride_yh * ALIGN)
+        dk = dk_ptr + batch * stride_yb * ALIGN + head * stride_yh * ALIGN
         store_tile(dk, dk0, dk1, dk2, own, keys, stride_yn * ALIGN, D0, D1, D2, HEAD_DIM)
     if WANT_V:
-        dv = dv_ptr + batch * (stride_zb * ALIGN) + head * (stride_zh * ALIGN)
+        dv = dv_ptr + batch * stride_zb * ALIGN + head * stride_zh * ALIGN
         store_tile(dv, dv0, dv1, dv2, own, keys, stride_zn * ALIGN, D0, D1, D2, HEAD_DIM)
 
 
@@ -265,7 +265,7 @@ def add_keys(
     )  # fmt: skip
     p = tl.exp2((s - reference[:, None]) * unit) * factor[:, None]
     dp = inner(g0, g1, g2, v0, v1, v2, D1, D2)
-    ds = score_gradients(p, dp, delta[:, None], MASK)
+    ds = score_gradients(p, dp, delta[:, None], MASK, CAUSAL)
     if REST:
         ds = ds - rounded_to(ds, k0.dtype).to(tl.float32)
     return outer(rounded_to(ds, k0.dtype), k0, k1, k2, dq0, dq1, dq2, D1, D2)
@@ -330,10 +330,10 @@ def query_kernel(
         tile = tiles - 1 - tile  # the longest first
     both = program // tiles
     batch, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
-    q = q_ptr + batch * (stride_qb * ALIGN) + head * (stride_qh * ALIGN)
-    k = k_ptr + batch * (stride_kb * ALIGN) + head * (stride_kh * ALIGN)
-    v = v_ptr + batch * (stride_vb * ALIGN) + head * (stride_vh * ALIGN)
-    g = g_ptr + batch * (stride_gb * ALIGN) + head * (stride_gh * ALIGN)
+    q = q_ptr + batch * stride_qb * ALIGN + head * stride_qh * ALIGN
+    k = k_ptr + batch * stride_kb * ALIGN + head * stride_kh * ALIGN
+    v = v_ptr + batch * stride_vb * ALIGN + head * stride_vh * ALIGN
+    g = g_ptr + batch * stride_gb * ALIGN + head * stride_gh * ALIGN
     mask = mask_ptr
     if MASK != "none":
         mask = mask_ptr + batch * stride_mb + head * stride_mh
@@ -376,7 +376,7 @@ def query_kernel(
                 )  # fmt: skip
 
     dq0, dq1, dq2 = scale_rows(tl.zeros([BLOCK_M], tl.float32) + grad_scale, dq0, dq1, dq2, D1, D2)
-    dq = dq_ptr + batch * (stride_xb * ALIGN) + head * (stride_xh * ALIGN)
+    dq = dq_ptr + batch * stride_xb * ALIGN + head * stride_xh * ALIGN
     store_tile(dq, dq0, dq1, dq2, rows, queries, stride_xm * ALIGN, D0, D1, D2, HEAD_DIM)
 
 

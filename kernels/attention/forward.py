@@ -141,9 +141,9 @@ def forward_kernel(
     split = (program // tiles) % splits
     both = (program // tiles) // splits
     batch, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
-    q = q_ptr + batch * (stride_qb * ALIGN) + head * (stride_qh * ALIGN)
-    k = k_ptr + batch * (stride_kb * ALIGN) + head * (stride_kh * ALIGN)
-    v = v_ptr + batch * (stride_vb * ALIGN) + head * (stride_vh * ALIGN)
+    q = q_ptr + batch * stride_qb * ALIGN + head * stride_qh * ALIGN
+    k = k_ptr + batch * stride_kb * ALIGN + head * stride_kh * ALIGN
+    v = v_ptr + batch * stride_vb * ALIGN + head * stride_vh * ALIGN
     mask = mask_ptr
     if MASK != "none":
         mask = mask_ptr + batch * stride_mb + head * stride_mh
@@ -188,7 +188,7 @@ def forward_kernel(
         tl.store(place + (tl.num_programs(0) // tiles).to(tl.int64) * queries, total, mask=inside)
     else:
         acc0, acc1, acc2 = scale_rows(1.0 / tl.where(total == 0.0, 1.0, total), acc0, acc1, acc2, D1, D2)
-        out = out_ptr + batch * (stride_ob * ALIGN) + head * (stride_oh * ALIGN)
+        out = out_ptr + batch * stride_ob * ALIGN + head * stride_oh * ALIGN
         store_tile(out, acc0, acc1, acc2, rows, queries, stride_om * ALIGN, D0, D1, D2, HEAD_DIM)
         if WRITE_LSE:
             if not BIAS:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_MOST_IN_32_BITS = 2**31 - 1
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -85,8 +86,8 @@ class Problem(NamedTuple):
 def problem_of(
     q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Problem:
-    if attn_mask is not None and attn_mask.dtype == torch.float64:
-        attn_mask = attn_mask.float()
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, *_DTYPES):
+        attn_mask = attn_mask.float()  # float64, or 8 bits, which not every GPU can read
     return Problem(
         *q.shape[:3],
         keys=k.shape[2],
@@ -120,4 +121,6 @@ def strides(**tensors: Tensor) -> dict:
         for dimension, size, stride in zip(("b", "h", name[1:]), x.shape, x.stride())
     }
     align = math.gcd(16 // next(iter(tensors.values())).element_size(), *found.values())
+    if any(x.stride(2) > _MOST_IN_32_BITS for x in tensors.values()):
+        align = 1  # kernels multiply the stride of a row by ALIGN in the bits that it comes in
     return {"ALIGN": align, **{name: stride // align for name, stride in found.items()}}

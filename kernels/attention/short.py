@@ -89,10 +89,10 @@ def short_forward_kernel(
     chunk = program % chunks
     both = program // chunks
     batch, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
-    q = q_ptr + batch * (stride_qb * ALIGN) + head * (stride_qh * ALIGN)
-    k = k_ptr + batch * (stride_kb * ALIGN) + head * (stride_kh * ALIGN)
-    v = v_ptr + batch * (stride_vb * ALIGN) + head * (stride_vh * ALIGN)
-    out = out_ptr + batch * (stride_ob * ALIGN) + head * (stride_oh * ALIGN)
+    q = q_ptr + batch * stride_qb * ALIGN + head * stride_qh * ALIGN
+    k = k_ptr + batch * stride_kb * ALIGN + head * stride_kh * ALIGN
+    v = v_ptr + batch * stride_vb * ALIGN + head * stride_vh * ALIGN
+    out = out_ptr + batch * stride_ob * ALIGN + head * stride_oh * ALIGN
     mask = mask_ptr
     if MASK != "none":
         mask = mask_ptr + batch * stride_mb + head * stride_mh
@@ -201,11 +201,11 @@ def short_backward_kernel(
     chunk = program % chunks
     both = program // chunks
     batch, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
-    q = q_ptr + batch * (stride_qb * ALIGN) + head * (stride_qh * ALIGN)
-    k = k_ptr + batch * (stride_kb * ALIGN) + head * (stride_kh * ALIGN)
-    v = v_ptr + batch * (stride_vb * ALIGN) + head * (stride_vh * ALIGN)
-    g = g_ptr + batch * (stride_gb * ALIGN) + head * (stride_gh * ALIGN)
-    dq = dq_ptr + batch * (stride_xb * ALIGN) + head * (stride_xh * ALIGN)
+    q = q_ptr + batch * stride_qb * ALIGN + head * stride_qh * ALIGN
+    k = k_ptr + batch * stride_kb * ALIGN + head * stride_kh * ALIGN
+    v = v_ptr + batch * stride_vb * ALIGN + head * stride_vh * ALIGN
+    g = g_ptr + batch * stride_gb * ALIGN + head * stride_gh * ALIGN
+    dq = dq_ptr + batch * stride_xb * ALIGN + head * stride_xh * ALIGN
     mask = mask_ptr
     if MASK != "none":
         mask = mask_ptr + batch * stride_mb + head * stride_mh
@@ -235,7 +235,7 @@ def short_backward_kernel(
             dv0, dv1, dv2 = outer(rounded_to(p, g0.dtype), g0, g1, g2, dv0, dv1, dv2, D1, D2)
         if WANT_K:
             dp = inner(v0, v1, v2, g0, g1, g2, D1, D2)
-            if MASK != "none":
+            if MASK != "none" or CAUSAL:
                 # What stands where a key is closed may have made dP infinite.
                 dp = tl.where(p == 0.0, 0.0, dp)
             exact = p * (dp - tl.sum(p * dp, 0)[None, :])
@@ -300,10 +300,10 @@ def reduce_kernel(
         dv += tl.load(places + (chunks + chunk) * per_chunk, mask=inside, other=0.0)
     batch, head = both // heads, both % heads
     rows = rows.to(tl.int64)[:, None]
-    place = dk_ptr + batch * (stride_yb * ALIGN) + head * (stride_yh * ALIGN)
+    place = dk_ptr + batch * stride_yb * ALIGN + head * stride_yh * ALIGN
     place += rows * (stride_yn * ALIGN) + columns[None, :]
     tl.store(place, rounded_to(dk * grad_scale, dk_ptr.dtype.element_ty), mask=inside)
-    place = dv_ptr + batch * (stride_zb * ALIGN) + head * (stride_zh * ALIGN)
+    place = dv_ptr + batch * stride_zb * ALIGN + head * stride_zh * ALIGN
     place += rows * (stride_zn * ALIGN) + columns[None, :]
     tl.store(place, rounded_to(dv, dv_ptr.dtype.element_ty), mask=inside)
 

@@ -84,8 +84,8 @@ def statistics_kernel(
     batch, head = (both // heads).to(tl.int64), (both % heads).to(tl.int64)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < queries
-    out = out_ptr + batch * (stride_ob * ALIGN) + head * (stride_oh * ALIGN)
-    g = g_ptr + batch * (stride_gb * ALIGN) + head * (stride_gh * ALIGN)
+    out = out_ptr + batch * stride_ob * ALIGN + head * stride_oh * ALIGN
+    g = g_ptr + batch * stride_gb * ALIGN + head * stride_gh * ALIGN
     places = both.to(tl.int64) * queries + rows
 
     if CHUNK > 0:
@@ -114,9 +114,9 @@ def statistics_kernel(
 
     large = (tl.abs(lse) > LARGE) & (lse != -INFINITY)
     if tl.max(large.to(tl.int32), 0) > 0:
-        q = q_ptr + batch * (stride_qb * ALIGN) + head * (stride_qh * ALIGN)
-        k = k_ptr + batch * (stride_kb * ALIGN) + head * (stride_kh * ALIGN)
-        v = v_ptr + batch * (stride_vb * ALIGN) + head * (stride_vh * ALIGN)
+        q = q_ptr + batch * stride_qb * ALIGN + head * stride_qh * ALIGN
+        k = k_ptr + batch * stride_kb * ALIGN + head * stride_kh * ALIGN
+        v = v_ptr + batch * stride_vb * ALIGN + head * stride_vh * ALIGN
         mask = mask_ptr
         if MASK != "none":
             mask = mask_ptr + batch * stride_mb + head * stride_mh

@@ -73,10 +73,10 @@ def weight_gradient_kernel(
     `statistics` as `statistics_kernel` writes them. Grid: key tiles x query tiles x batch x heads.
     """
     key_tile, query_tile, both, batch, head = place_of(tl.program_id(0), key_tiles, query_tiles, heads)
-    q = q_ptr + batch * (stride_qb * ALIGN) + head * (stride_qh * ALIGN)
-    k = k_ptr + batch * (stride_kb * ALIGN) + head * (stride_kh * ALIGN)
-    v = v_ptr + batch * (stride_vb * ALIGN) + head * (stride_vh * ALIGN)
-    g = g_ptr + batch * (stride_gb * ALIGN) + head * (stride_gh * ALIGN)
+    q = q_ptr + batch * stride_qb * ALIGN + head * stride_qh * ALIGN
+    k = k_ptr + batch * stride_kb * ALIGN + head * stride_kh * ALIGN
+    v = v_ptr + batch * stride_vb * ALIGN + head * stride_vh * ALIGN
+    g = g_ptr + batch * stride_gb * ALIGN + head * stride_gh * ALIGN
     mask = mask_ptr
     if MASK != "none":
         mask = mask_ptr + batch * stride_mb + head * stride_mh
@@ -105,7 +105,7 @@ def weight_gradient_kernel(
         g, rows, queries, stride_gm * ALIGN, v, columns, keys, stride_vn * ALIGN,
         BLOCK_M, BLOCK_N, HEAD_DIM, CHUNK,
     )  # fmt: skip
-    ds = score_gradients(p, dp, delta[:, None], MASK)
+    ds = score_gradients(p, dp, delta[:, None], MASK, CAUSAL)
     tl.store(places + all_heads * width * pitch, rounded_to(ds, weights_ptr.dtype.element_ty))
 
 
@@ -158,7 +158,7 @@ def product_kernel(
     own = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets = tl.arange(0, BLOCK_N)
     weights = weights_ptr + both * width * pitch
-    x = x_ptr + batch * (stride_xb * ALIGN) + head * (stride_xh * ALIGN) + part * BLOCK_D
+    x = x_ptr + batch * stride_xb * ALIGN + head * stride_xh * ALIGN + part * BLOCK_D
     sums = sums_ptr
     if not (FIRST and LAST):
         columns = part * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -178,7 +178,7 @@ def product_kernel(
         )
         acc = dot(w, tile_x, acc)
     if LAST:
-        y = y_ptr + batch * (stride_yb * ALIGN) + head * (stride_yh * ALIGN) + part * BLOCK_D
+        y = y_ptr + batch * stride_yb * ALIGN + head * stride_yh * ALIGN + part * BLOCK_D
         store_piece(y, acc * factor, first_row + own, count, stride_ym * ALIGN, 0, BLOCK_D, HEAD_DIM)
     else:
         tl.store(sums + places, acc)

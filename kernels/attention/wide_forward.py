@@ -56,8 +56,8 @@ def weight_kernel(
     """weights (B, H, rows, columns) of the queries from `first_query` on, statistics (2, B, H, key tiles,
     rows): top and total of a row in a tile. Grid: key tiles x query tiles x batch x heads."""
     key_tile, query_tile, both, batch, head = place_of(tl.program_id(0), key_tiles, query_tiles, heads)
-    q = q_ptr + batch * (stride_qb * ALIGN) + head * (stride_qh * ALIGN)
-    k = k_ptr + batch * (stride_kb * ALIGN) + head * (stride_kh * ALIGN)
+    q = q_ptr + batch * stride_qb * ALIGN + head * stride_qh * ALIGN
+    k = k_ptr + batch * stride_kb * ALIGN + head * stride_kh * ALIGN
     mask = mask_ptr
     if MASK != "none":
         mask = mask_ptr + batch * stride_mb + head * stride_mh
@@ -145,7 +145,7 @@ def value_kernel(
         total += tl.load(place + per_kind) * tl.exp2((tl.load(place) - reference) * unit)
 
     pitch = key_tiles * KEYS_PER_TILE
-    v = v_ptr + batch * (stride_vb * ALIGN) + head * (stride_vh * ALIGN) + part * BLOCK_D
+    v = v_ptr + batch * stride_vb * ALIGN + head * stride_vh * ALIGN + part * BLOCK_D
     weights = weights_ptr + (both * rows + own)[:, None] * pitch + tl.arange(0, BLOCK_N)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, keys, BLOCK_N):
@@ -157,7 +157,7 @@ def value_kernel(
     acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
 
     queries_here = first_query + own
-    out = out_ptr + batch * (stride_ob * ALIGN) + head * (stride_oh * ALIGN) + part * BLOCK_D
+    out = out_ptr + batch * stride_ob * ALIGN + head * stride_oh * ALIGN + part * BLOCK_D
     store_piece(out, acc, queries_here, queries, stride_om * ALIGN, 0, BLOCK_D, HEAD_DIM)
     if WRITE_LSE and part == 0:
         if not BIAS:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
-from contextlib import ExitStack
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastldm import dispatch, ops, reference
 from fastldm.errors import UnsupportedError
@@ -30,7 +30,6 @@ if "triton" in live_backends("attention"):
         importlib.import_module(f"fastldm.kernels.attention.{name}")
         for name in ("configs", "plans", "problem", "wide")
     )
-    tables = importlib.import_module("fastldm.kernels.common.tables")
     target = importlib.import_module("fastldm.kernels.common.target")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,40 +68,6 @@ def check(inputs, mask=None, **arguments):
         assert result.dtype == q.dtype
         assert_as_accurate(result, exact, rough, name, terms=terms)
     return results
-
-
-@pytest.fixture
-def take(monkeypatch):
-    """take(path): calls take it, whatever their shape, in tiles of 16 or 32."""
-    with ExitStack() as stack:
-
-        def force(**chosen):
-            for name, config in chosen.items():
-                stack.enter_context(tables.forcing("attention", name.replace("_", "-"), config))
-
-        def take(path):
-            monkeypatch.setattr(configs, "is_wide", lambda problem: path == "wide")
-            monkeypatch.setattr(configs, "is_short", lambda problem, direction, target: path == "short")
-            monkeypatch.setattr(configs, "splits", lambda *_: 3 if path == "split" else 1)
-            monkeypatch.setattr(configs, "chunks", lambda *arguments: -(-arguments[-1] // 2))
-            # Parts of 32 queries.
-            monkeypatch.setattr(wide, "WORKSPACE", 1)
-            monkeypatch.setattr(wide, "PAD", 32)
-            force(
-                forward=configs.TileConfig(32, 16, 4, 1),
-                backward_statistics=configs.TileConfig(32, 32, 4, 1),
-                backward_keys=configs.TileConfig(16, 32, 4, 1),
-                backward_queries=configs.TileConfig(32, 16, 4, 1),
-                short_forward=configs.ShortConfig(16, 4, 1),
-                short_backward=configs.ShortConfig(16, 4, 1),
-                wide_weights=configs.WideConfig(16, 32, 16, 4, 1),
-                wide_values=configs.WideConfig(32, 16, 16, 4, 1),
-                wide_gradients=configs.WideConfig(32, 16, 16, 4, 1),
-                wide_product=configs.WideConfig(16, 32, 32, 4, 1),
-                wide_transposed=configs.WideConfig(32, 16, 16, 4, 1),
-            )
-
-        yield take
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -172,6 +137,8 @@ def test_masks_of_any_strides(path, take):
         full.double(),
         full.half(),
         full.bfloat16(),
+        full.to(torch.float8_e5m2),
+        full.to(torch.float8_e4m3fn),
         full > 0.0,
         (full > 0.0)[:, :, :1, :1],
         (full > 0.0).transpose(0, 1)[:1],
@@ -181,7 +148,9 @@ def test_masks_of_any_strides(path, take):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", [*ATTENTION_LAYOUTS, "odd strides", "expanded", "last dimension strided"])
+@pytest.mark.parametrize(
+    "layout", ["different", *ATTENTION_LAYOUTS, "odd strides", "expanded", "last dimension strided"]
+)
 def test_layouts(layout, path, take):
     take(path)
     shape = AttentionShape(2, 2, 20, 35, 32 if path == "wide" else 24)
@@ -192,6 +161,9 @@ def test_layouts(layout, path, take):
         if layout == "odd strides":  # and a start that is not aligned
             inputs = [torch.cat([x[..., :5], x, x[..., :6]], -1)[..., 5:-6] for x in inputs]
             assert inputs[0].stride(2) == shape.head_dim + 11
+        elif layout == "different":  # q, grad and dq; k and v, and so dk and dv
+            q, grad = (F.pad(x, (0, more))[..., : shape.head_dim] for x, more in ((q, 8), (grad, 16)))
+            inputs = q, k, v.transpose(1, 2).contiguous().transpose(1, 2), grad
         elif layout == "expanded":
             inputs = q, k[:, :1].expand_as(k), v[:1].expand_as(v), grad[:, :, :1].expand_as(grad)
         else:
@@ -208,7 +180,8 @@ def test_scales(path, take):
     q, k, v, grad = inputs = attention_inputs(shape, torch.float32)
     for kind, scale in (("none", -0.3), ("bool", 0.0), ("float", -0.3), ("float", 0.0), ("bool", -1e-32)):
         check(inputs, attention_mask(shape, kind), scale=scale)
-    check((6.0 * q, 6.0 * k, v, grad))
+    for is_causal in (False, True):
+        check((6.0 * q, 6.0 * k, v, grad), is_causal=is_causal)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -216,13 +189,15 @@ def test_scales(path, take):
 def test_huge_scores(dtype, path, take):
     """Rows whose log-sum-exp has no bits left for exp(score - lse), beside ordinary ones and closed ones."""
     take(path)
-    shape = AttentionShape(1, 1, 40, 50, WIDTH[path])
+    shape = AttentionShape(1, 1, 40, 40, WIDTH[path])
     q, k, v, grad = attention_inputs(shape, dtype)
     q[:, :, 2] = 0.0
     mask = torch.zeros(1, 1, shape.queries, shape.keys)
     mask[:, :, 2], mask[:, :, 3] = -1e9, -torch.inf
     mask[:, :, 20] = 1e5
     q[:, :, 20] = 0.0
+    mask[:, :, 21] = torch.linspace(100.0, 105.0, shape.keys)  # the largest score comes last
+    mask[:, :, 22, -3:] = 200.0  # exp(200) is infinite
     lowest = torch.zeros_like(mask)
     lowest[:, :, 2] = torch.finfo(torch.float32).min
     for bias in (mask, lowest):
@@ -245,12 +220,24 @@ def test_huge_scores(dtype, path, take):
             assert_as_accurate(result, exact, rough.to(dtype), name, terms=66)
 
 
+@pytest.mark.parametrize("path", ["short", "long"])
+def test_huge_keys_that_cancel(path, take):
+    """dq is 0; in float16 neither the rounding of dS nor that of the output may show in it."""
+    take(path)
+    q, k, v, grad = attention_inputs(AttentionShape(1, 1, 40, 3, 16), torch.float16)
+    q, k, v = q.abs() + 1.0, torch.full_like(k, 300.0), v + 4.0
+    dq = ours((q, k, v, grad))[1]
+    lengths = v.double().norm(dim=-1).max() * grad.double().norm(dim=-1).max()
+    assert dq.double().abs().max() <= 0.25 * 300.0 * 2 * 19 * torch.finfo(torch.float32).eps * lengths
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_closed_keys_may_hold_the_largest_numbers(path, take):
     """Even where their products overflow to infinity and infinity minus infinity."""
     take(path)
     for dtype, additive in itertools.product(DTYPES, (False, True)):
         q, k, v, grad = attention_inputs(AttentionShape(1, 1, 20, 50, WIDTH[path]), dtype)
+        q[:, :, ::2] *= 100.0  # rows whose sums the backward finds anew
         closed = torch.arange(50) % 3 == 0
         mask = ~closed[None, None, None]
         if additive:
@@ -260,6 +247,20 @@ def test_closed_keys_may_hold_the_largest_numbers(path, take):
         k[:, :, closed], v[:, :, closed] = largest, largest
         k[:, :, closed, ::2], v[:, :, closed, ::2] = -largest, -largest
         for a, b in zip(clean, ours((q, k, v, grad), attn_mask=mask)):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_keys_past_the_last_query_may_hold_the_largest_numbers(path, take):
+    """No query sees them where is_causal; their tile is one that queries see."""
+    take(path)
+    for dtype in DTYPES:
+        q, k, v, grad = attention_inputs(AttentionShape(1, 1, 20, 50, WIDTH[path]), dtype)
+        clean = ours((q, k, v, grad), is_causal=True)
+        largest = torch.finfo(dtype).max
+        k[:, :, 20:], v[:, :, 20:] = largest, largest
+        k[:, :, 20:, ::2], v[:, :, 20:, ::2] = -largest, -largest
+        for a, b in zip(clean, ours((q, k, v, grad), is_causal=True)):
             assert torch.equal(a, b)
 
 
