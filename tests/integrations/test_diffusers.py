@@ -174,6 +174,26 @@ def test_vq_model(options, tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in plain.items())
 
 
+def test_masks_of_a_unet():
+    unet = tiny.unet()
+    given = {
+        "sample": tiny.randn(2, 4, 8, 8),
+        "encoder_hidden_states": tiny.randn(2, 7, 16, seed=6),
+        "timestep": torch.tensor([17, 981]),
+        "encoder_attention_mask": torch.tensor([[1] * 7, [1, 1, 1, 0, 1, 0, 0]]),
+    }
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+    truth = copy.deepcopy(unet).double()(**wide).sample
+    plain = unet(**given).sample
+    unmasked = unet(**{**given, "encoder_attention_mask": None}).sample
+    assert (unmasked - plain).abs().max() > 0.01
+    fastldm.apply(unet)
+    with fastldm.record() as record:
+        result = unet(**given).sample
+    assert any(len(call.shapes) == 4 for call in record.calls if call.op == "attention")
+    assert_as_accurate(result, truth, plain, terms=truth[0].numel())
+
+
 class NamedByNN(nn.Module):
     """Calls attention by the name that some classes of diffusers do."""
 
