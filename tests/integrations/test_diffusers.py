@@ -21,6 +21,7 @@ from fastldm.testing.tolerances import assert_as_accurate
 _SPEC = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(tiny)
+one_thread = tiny.one_thread
 
 
 def gradients(

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import diffusers
+import pytest
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from torch import nn
@@ -78,6 +79,15 @@ class Noise(TorchFunctionMode):
         if func is torch.randn:
             return func(*args, **{**kwargs, "dtype": torch.float32}).bfloat16().to(self.dtype)
         return func(*args, **kwargs)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """With tensors of this size, several threads on a busy machine only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def randn(*shape: int, seed: int = 5) -> torch.Tensor:
