@@ -248,8 +248,11 @@ def test_a_backend_chosen_in_diffusers_afterwards_is_recorded(transformer):
     model.set_attention_backend("_native_math")
     with fastldm.record() as record:
         (after,) = model(**call)
-    with fastldm.use_backend("reference"), pytest.raises(UnsupportedError, match="own dispatcher"):
+    with (
+        fastldm.use_backend("reference"),
+        pytest.raises(UnsupportedError, match="attention backend of diffusers"),
+    ):
         model(**call)
     assert torch.equal(after, before)
     assert [(call.op, call.backend) for call in record.calls] == [("attention", "torch")] * 3
-    assert {call.fallback for call in record.calls} == {"a backend or arguments of diffusers' own dispatcher"}
+    assert all("attention backend of diffusers" in call.fallback for call in record.calls)
