@@ -7,7 +7,7 @@ from diffusers.models.autoencoders.vae import VectorQuantizer
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from fastldm import dispatch, ops
+from fastldm import ops
 from fastldm.integrations.rules import Match
 from fastldm.integrations.sdpa import calls_sdpa, redirected
 from fastldm.integrations.swapping import original_class
@@ -30,9 +30,8 @@ def _resnet_block(module: nn.Module) -> Match | None:
 
 def _resnet_block_members(base: type, backend: str) -> dict:
     def forward(self, input_tensor, temb=None, *args, **kwargs):
-        reason = _why_as_it_was(self, input_tensor, temb, args, kwargs)
-        if reason is not None:
-            dispatch.leave_to_torch("group_norm", backend, reason, (input_tensor,))
+        fits = is_norm(self.norm1) and is_norm(self.norm2) and is_silu(self.nonlinearity)
+        if not fits or args or kwargs or not takes(input_tensor) or not _embeds(self, temb):
             return base.forward(self, input_tensor, temb, *args, **kwargs)
 
         hidden = norm(self.norm1, input_tensor, backend, activation="silu")
@@ -58,20 +57,6 @@ def _resnet_block_members(base: type, backend: str) -> dict:
         return (input_tensor + hidden) / self.output_scale_factor
 
     return {"forward": forward}
-
-
-def _why_as_it_was(
-    block: ResnetBlock2D, x: torch.Tensor, temb: torch.Tensor | None, args: tuple, kwargs: dict
-) -> str | None:
-    if not (is_norm(block.norm1) and is_norm(block.norm2) and is_silu(block.nonlinearity)):
-        return "a hook on a norm or the activation of a residual block"
-    if args or kwargs:
-        return "a residual block with more arguments than the input and the embedding"
-    if not takes(x):
-        return f"an input of {x.dim()} dimensions"
-    if not _embeds(block, temb):
-        return "an embedding that the residual block has no projection for"
-    return None
 
 
 def _embeds(block: ResnetBlock2D, temb: torch.Tensor | None) -> bool:
