@@ -88,8 +88,9 @@ def _why_not(processor: object, kind: type) -> str | None:
         return "it is not one of diffusers'"
     if not calls_sdpa(vars(kind).get("__call__")):
         return "it does not call scaled_dot_product_attention"
-    if getattr(processor, "_attention_backend", None) is not None:
-        return f"its attention backend was set to {processor._attention_backend}"
+    chosen = getattr(processor, "_attention_backend", None)
+    if chosen is not None:
+        return f"its attention backend was set to {getattr(chosen, 'value', chosen)}"
     return None
 
 

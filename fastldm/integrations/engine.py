@@ -61,8 +61,8 @@ def apply(
         filter: (path, module) -> whether to touch that module; paths as in the report.
         strict: raise if something known has to be left as it is.
         attention_classes: classes of yours whose `forward` calls `F.scaled_dot_product_attention` by a global
-            name (`F`, `torch` or the function itself), to be redirected as diffusers' are. Others that do are
-            listed as skipped.
+            name (`F`, `nn`, `torch`, the function itself), to be redirected as diffusers' are. Others that do
+            are listed as skipped.
 
     Returns:
         What was replaced and what was skipped and why. Print it, or read `.entries` or `.to_dict()`.
