@@ -124,7 +124,9 @@ def functional_on(backend: str) -> types.ModuleType:
 
 def _dispatcher_on(original: Callable, backend: str) -> Callable:
     """diffusers' dispatcher, whose tensors are (B, S, H, D): another backend chosen there stays chosen."""
-    ours = sdpa_on(backend)
+    ours, wanted = sdpa_on(backend), backend
+    registry = original.__globals__["_AttentionBackendRegistry"]
+    native = original.__globals__["AttentionBackendName"].NATIVE
 
     def dispatch_attention_fn(
         query,
@@ -140,8 +142,16 @@ def _dispatcher_on(original: Callable, backend: str) -> Callable:
         backend=None,
         **kwargs,
     ):
-        others = {name: value for name, value in kwargs.items() if value is not None}
-        if backend is not None or attention_kwargs or others:
+        others = [name for name, value in kwargs.items() if value is not None]
+        reason = None
+        if backend is not None:
+            reason = f"the attention backend of diffusers was set to {backend}"
+        elif registry.get_active_backend()[0] is not native:
+            reason = f"the active attention backend of diffusers is {registry.get_active_backend()[0]}"
+        elif attention_kwargs or others:
+            reason = f"arguments of diffusers' dispatcher ({', '.join(others) or 'attention_kwargs'})"
+        if reason is not None:
+            dispatch.leave_to_torch("attention", wanted, reason, (query, key, value))
             kwargs.update(attention_kwargs=attention_kwargs, backend=backend)
             return original(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **kwargs)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
