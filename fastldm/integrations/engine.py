@@ -61,8 +61,8 @@ def apply(
     state_dict, class names, `isinstance`, deepcopy and pickle stay as they are; nothing outside `model`
     changes. Linear layers, convolutions, and processors with weights (IP-Adapter) are never touched. May be
     called before or after LoRA is loaded, hooks are added, and `torch.compile`; again, it changes what it did
-    to the new arguments. A backend chosen in diffusers (`set_attention_backend`) stays chosen; what puts other
-    attention processors in takes fastldm's out, and `set_default_attn_processor` asks for `revert` first.
+    to the new arguments. A backend chosen in diffusers (`set_attention_backend`) stays chosen; what puts
+    other attention processors in takes fastldm's out; `set_default_attn_processor` asks for `revert` first.
 
     Args:
         model: a module, or a pipeline (anything with `components`), of which all modules are looked at.

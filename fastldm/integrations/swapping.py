@@ -95,6 +95,8 @@ def kept_forwards(module: nn.Module) -> list[tuple[dict, str]]:
 
 
 def set_class(module: nn.Module, cls: type) -> None:
+    if cls is type(module):
+        return
     kept = kept_forwards(module)
     module.__class__ = cls
     for place, name in kept:
