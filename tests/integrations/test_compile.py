@@ -205,7 +205,6 @@ def test_training(small, inputs, checkpointing):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=atol, msg=name)
 
 
-@pytest.mark.filterwarnings("error:Dynamo detected a call")
 def test_torch_nn():
     layers = [nn.Conv1d(4, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.GroupNorm(4, 8)]
 

@@ -85,6 +85,8 @@ def test_hooks_inside_blocks_still_fire(unet, inputs, run):
     with fastldm.record() as calls:
         run(unet, inputs)
     assert seen == ["norm1", "SiLU", "SiLU", "norm2", "SiLU"]
+    norms = sum(isinstance(module, nn.GroupNorm) for module in unet.modules())
+    assert sum(call.op == "group_norm" for call in calls.calls) == norms
     assert calls.backends() == {"attention": ["reference"], "group_norm": ["reference"]}
 
 
@@ -127,6 +129,9 @@ def test_a_parametrization_put_on_inside_applied():
     norm, x = nn.GroupNorm(2, 8), torch.randn(2, 8, 5)
     with fastldm.applied(norm):
         parametrizations.weight_norm(norm, dim=None)
+        fastldm.apply(norm)
+        assert parametrize.is_parametrized(norm, "weight")
+        assert "Parametrized" in type(norm).__name__
         with fastldm.record() as calls:
             norm(x)
     assert calls.backends().keys() == {"group_norm"}

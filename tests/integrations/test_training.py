@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -115,6 +116,15 @@ def test_channels_last(unet, inputs):
     plain = copy.deepcopy(unet)
     fastldm.apply(unet)
     assert_same_gradients(unet, plain, inputs)
+
+
+@pytest.mark.parametrize(("batch", "options"), [(2, {}), (64, {"up": True}), (2, {"down": True})])
+def test_strides_of_a_residual_block(batch, options):
+    block = ResnetBlock2D(in_channels=8, out_channels=16, temb_channels=None, groups=4, **options)
+    x = torch.randn(batch, 8, 4, 6).contiguous(memory_format=torch.channels_last)
+    strides = {training: block.train(training)(x, None).stride() for training in (False, True)}
+    fastldm.apply(block)
+    assert {training: block.train(training)(x, None).stride() for training in (False, True)} == strides
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING.values(), ids=CHECKPOINTING)
