@@ -118,7 +118,9 @@ def test_channels_last(unet, inputs):
     assert_same_gradients(unet, plain, inputs)
 
 
-@pytest.mark.parametrize(("batch", "options"), [(2, {}), (64, {"up": True}), (2, {"down": True})])
+@pytest.mark.parametrize(
+    ("batch", "options"), [(2, {}), (64, {"up": True, "kernel": "sde_vp"}), (2, {"down": True})]
+)
 def test_strides_of_a_residual_block(batch, options):
     block = ResnetBlock2D(in_channels=8, out_channels=16, temb_channels=None, groups=4, **options)
     x = torch.randn(batch, 8, 4, 6).contiguous(memory_format=torch.channels_last)
