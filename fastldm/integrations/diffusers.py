@@ -37,6 +37,8 @@ def _resnet_block_members(base: type, backend: str) -> dict:
         hidden = norm(self.norm1, input_tensor, backend, activation="silu")
         resample = self.downsample if self.upsample is None else self.upsample
         if resample is not None:
+            if self.upsample is not None and hidden.shape[0] >= 64:  # as the original has it
+                input_tensor, hidden = input_tensor.contiguous(), hidden.contiguous()
             input_tensor, hidden = resample(input_tensor), resample(hidden)
         hidden = self.conv1(hidden)
 
@@ -53,6 +55,8 @@ def _resnet_block_members(base: type, backend: str) -> dict:
         hidden = self.conv2(self.dropout(hidden))
 
         if self.conv_shortcut is not None:
+            if self.training:  # as the original has it, for the strides of the gradients
+                input_tensor = input_tensor.contiguous()
             input_tensor = self.conv_shortcut(input_tensor)
         return (input_tensor + hidden) / self.output_scale_factor
 

@@ -14,7 +14,17 @@ from fastldm.errors import UnsupportedError
 from fastldm.integrations.report import Entry, Report
 from fastldm.integrations.rules import Match, rules
 from fastldm.integrations.sdpa import calls_sdpa, redirected
-from fastldm.integrations.swapping import Swap, original_class, subclass, swap_of, swapped_copy
+from fastldm.integrations.swapping import (
+    Swap,
+    kept_forwards,
+    original_class,
+    rebased,
+    set_class,
+    subclass,
+    swap_of,
+    swapped_copy,
+    unswapped,
+)
 
 OPS = ("attention", "group_norm", "vq_nearest")
 
@@ -23,6 +33,7 @@ class _Site(NamedTuple):
     path: str
     module: nn.Module
     match: Match
+    covered: bool = False
 
     @property
     def thing(self) -> object:
@@ -49,8 +60,9 @@ def apply(
     `scaled_dot_product_attention` or diffusers' attention dispatcher, VectorQuantizer. Parameters, buffers,
     state_dict, class names, `isinstance`, deepcopy and pickle stay as they are; nothing outside `model`
     changes. Linear layers, convolutions, and processors with weights (IP-Adapter) are never touched. May be
-    called before or after LoRA is loaded and before or after `torch.compile`; again, it changes what it did
-    to the new arguments.
+    called before or after LoRA is loaded, hooks are added, and `torch.compile`; again, it changes what it did
+    to the new arguments. A backend chosen in diffusers (`set_attention_backend`) stays chosen; what puts
+    other attention processors in takes fastldm's out; `set_default_attn_processor` asks for `revert` first.
 
     Args:
         model: a module, or a pipeline (anything with `components`), of which all modules are looked at.
@@ -85,11 +97,11 @@ def apply(
     report, swaps = Report(), []
     for site in _sites(model, wanted, filter, classes):
         match, was = site.match, original_class(site.thing).__name__
-        reason = match.skipped or _why_not(site)
-        if reason is not None:
-            report.entries.append(Entry(site.shown_path, match.op, was, None, None, reason))
+        if match.skipped is not None:
+            report.entries.append(Entry(site.shown_path, match.op, was, None, None, match.skipped))
             continue
-        report.entries.append(Entry(site.shown_path, match.op, was, match.now, backend))
+        if not site.covered:
+            report.entries.append(Entry(site.shown_path, match.op, was, match.now, backend))
         swaps.append((site, subclass(Swap(original_class(site.thing), match.make, backend))))
 
     _check_backend(backend, {entry.op for entry in report.replaced})
@@ -116,18 +128,20 @@ def revert(model: object) -> None:
                 original_class(processor),
                 copies,
             )
-        if swap_of(module) is not None:
-            module.__class__ = original_class(module)
+        set_class(module, unswapped(type(module)))
 
 
 def named_places(model: object) -> Iterator[tuple[str, nn.Module, str]]:
     """(path, module, name of the original class) of what `apply` has replaced in `model`."""
+    known, covered = rules(), set()
     for path, module in _modules(model):
         processor = vars(module).get("processor")
         if swap_of(processor) is not None:
             yield f"{path}.processor".lstrip("."), module, original_class(processor).__name__
-        if swap_of(module) is not None:
+        if swap_of(module) is not None and id(module) not in covered:
             yield path, module, original_class(module).__name__
+            for match in _matches(module, known, ()):
+                covered.update(_covered_by(match, module))
 
 
 @contextmanager
@@ -150,8 +164,8 @@ def _swap(site: _Site, cls: type, copies: dict[int, object]) -> Callable[[], Non
     module, attribute = site.module, site.match.attribute
     if attribute is None:
         before = type(module)
-        module.__class__ = cls
-        return lambda: _set_class(module, cls, before)
+        set_class(module, cls)
+        return lambda: set_class(module, rebased(type(module), cls, before))
     thing = site.thing
     if id(thing) not in copies:
         copies[id(thing)] = swapped_copy(thing, cls), thing  # kept alive, so that no id comes twice
@@ -163,11 +177,6 @@ def _swap(site: _Site, cls: type, copies: dict[int, object]) -> Callable[[], Non
             setattr(module, attribute, thing)
 
     return undo
-
-
-def _set_class(module: nn.Module, expected: type, cls: type) -> None:
-    if type(module) is expected:
-        module.__class__ = cls
 
 
 def _checked_ops(ops: Iterable[str]) -> set[str]:
@@ -185,25 +194,32 @@ def _check_backend(backend: str, ops: set[str]) -> None:
             raise UnsupportedError(f"backend {backend!r} cannot run {op}: {reason}; use backend='auto'")
 
 
-def _why_not(site: _Site) -> str | None:
-    if site.match.attribute is None and "forward" in vars(site.module):
-        return "its forward was replaced on the instance (by accelerate's hooks?); apply before that"
+def _why_not(module: nn.Module, match: Match) -> str | None:
+    if match.attribute is None and "forward" in vars(module) and not kept_forwards(module):
+        return "its forward was replaced on the instance; apply before that"
     return None
+
+
+def _covered_by(match: Match, module: nn.Module) -> set[int]:
+    return {id(getattr(module, name)) for name in match.covers}
 
 
 def _sites(
     model: object, wanted: set[str], filter: Callable | None, attention_classes: tuple[type, ...]
 ) -> Iterator[_Site]:
+    """What `apply` looks at. Covered modules are swapped too, for the calls that go to them after all (where
+    they have hooks), and are not told of."""
     known, covered = rules(), set()
     for path, module in _modules(model):
         if filter is not None and not filter(path, module):
             continue
         for match in _matches(module, known, attention_classes):
-            if match.op not in wanted or (match.attribute is None and id(module) in covered):
+            if match.op not in wanted:
                 continue
+            match = match._replace(skipped=match.skipped or _why_not(module, match))
             if match.skipped is None:
-                covered.update(id(getattr(module, name)) for name in match.covers)
-            yield _Site(path, module, match)
+                covered |= _covered_by(match, module)
+            yield _Site(path, module, match, match.attribute is None and id(module) in covered)
 
 
 def _matches(module: nn.Module, known: list, attention_classes: tuple[type, ...]) -> list[Match]:

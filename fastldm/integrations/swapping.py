@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
+from torch import nn
+
 
 class Swap(NamedTuple):
     """How a class came about: `make(base, backend)` gave the members that it has beside those of `base`."""
@@ -35,7 +37,7 @@ def subclass(swap: Swap) -> type:
 
 
 def swap_of(thing: object) -> Swap | None:
-    return getattr(type(thing), "_fastldm_swap", None)
+    return vars(type(thing)).get("_fastldm_swap")
 
 
 def original_class(thing: object) -> type:
@@ -47,6 +49,8 @@ def original_class(thing: object) -> type:
 def _reduce(self, protocol):
     """As the base class reduces, with the base class for the made one, which pickle does not find by name."""
     swap = swap_of(self)
+    if swap is None:  # of a class derived since, which has to see to itself
+        return self._fastldm_swap.base.__reduce_ex__(self, protocol)
     function, args, *rest = swap.base.__reduce_ex__(self, protocol)
     args = tuple(swap.base if arg is type(self) else arg for arg in args)
     return (_restore, (swap, function, args), *rest)
@@ -56,6 +60,47 @@ def _restore(swap: Swap, function: Callable, args: tuple) -> object:
     thing = function(*args)
     thing.__class__ = subclass(swap)
     return thing
+
+
+def unswapped(cls: type) -> type:
+    """The class as it was before any swap."""
+    made = next((base for base in cls.__mro__ if "_fastldm_swap" in vars(base)), None)
+    return cls if made is None else rebased(cls, made, made._fastldm_swap.base)
+
+
+def rebased(cls: type, old: type, new: type) -> type:
+    """`new` for `old`; for a class derived from `old`, as parametrizations do, the same one from `new`."""
+    if cls is old:
+        return new
+    if old not in cls.__mro__:
+        return cls
+    bases = tuple(rebased(base, old, new) for base in cls.__bases__)
+    members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, members)
+
+
+def kept_forwards(module: nn.Module) -> list[tuple[dict, str]]:
+    """Where the forward of the module's class is kept, bound: hooks of accelerate put it into the module,
+    those of diffusers into a registry."""
+    registry = getattr(module, "_diffusers_hook", None)
+    places = [vars(module), *(vars(kept) for kept in getattr(registry, "_fn_refs", ()))]
+    return [
+        (place, name)
+        for place in places
+        for name, value in place.items()
+        if isinstance(value, types.MethodType)
+        and value.__self__ is module
+        and value.__func__ is type(module).forward
+    ]
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    if cls is type(module):
+        return
+    kept = kept_forwards(module)
+    module.__class__ = cls
+    for place, name in kept:
+        place[name] = types.MethodType(cls.forward, module)
 
 
 def swapped_copy(thing: object, cls: type) -> object:

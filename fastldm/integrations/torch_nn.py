@@ -92,6 +92,8 @@ def _multihead_attention(module: nn.Module) -> Match | None:
 
 
 def _multihead_attention_members(base: type, backend: str) -> dict:
+    attend = sdpa_on(backend)
+
     def forward(
         self,
         query,
@@ -128,7 +130,7 @@ def _multihead_attention_members(base: type, backend: str) -> dict:
         projected = _project(self, query, key, value)
         heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected]
         mask = _allowed(key_padding_mask, attn_mask, query.shape[0], self.num_heads)
-        out = sdpa_on(backend)(*heads, attn_mask=mask)
+        out = attend(*heads, attn_mask=mask)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         return out if self.batch_first else out.transpose(0, 1), None
 
