@@ -126,7 +126,8 @@ def _multihead_attention_members(base: type, backend: str) -> dict:
                 is_causal=is_causal,
             )
         if not self.batch_first:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+            kept = {id(x): x.transpose(0, 1) for x in (query, key, value)}
+            query, key, value = (kept[id(x)] for x in (query, key, value))
         projected = _project(self, query, key, value)
         heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected]
         mask = _allowed(key_padding_mask, attn_mask, query.shape[0], self.num_heads)
