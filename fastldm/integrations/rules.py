@@ -5,7 +5,6 @@ A rule looks at a module and says what would compute there instead.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -41,7 +40,7 @@ def rules() -> list[Rule]:
     from fastldm.integrations import torch_nn
 
     found = list(torch_nn.RULES)
-    if "diffusers" in sys.modules and importlib.util.find_spec("diffusers") is not None:
+    if sys.modules.get("diffusers") is not None:
         from fastldm.integrations import diffusers
 
         found = [*diffusers.RULES, *found]

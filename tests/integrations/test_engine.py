@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -359,3 +361,22 @@ def test_a_rebound_function_keeps_its_signature():
     assert other(torch.tensor(5.0)) == 13
     assert function(torch.tensor(5.0)) == 10
     assert (other.__doc__, other.__name__, other.__kwdefaults__) == ("Says so.", "function", {"c": 3})
+
+
+def test_without_diffusers_and_transformers():
+    code = """
+import sys
+sys.modules.update(diffusers=None, transformers=None, peft=None, accelerate=None)
+import torch, fastldm
+model = torch.nn.Sequential(torch.nn.GroupNorm(2, 8), torch.nn.SiLU())
+assert len(fastldm.apply(model).replaced) == 1
+assert fastldm.verify(model, torch.randn(2, 8, 4))
+fastldm.revert(model)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_apply_imports_no_library_that_is_not_there_yet():
+    apply = "import sys, torch, fastldm; fastldm.apply(torch.nn.GroupNorm(2, 8))"
+    code = f"{apply}; assert 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
