@@ -29,10 +29,10 @@ _PACKAGES = (
 # How far each backend is proven, on the ladder of CONTRIBUTING.md. Rung 6 takes a committed result of
 # `python -m benchmarks prove`.
 PROVEN = {
-    "reference": "rung 1: float64 formulas and PyTorch's autograd",
-    "torch": "rung 1: against the reference; on the CPU only",
-    "cpu": "rung 2: against the reference on every instruction set",
-    "triton": "rungs 3 and 4: against the reference in Triton's interpreter, and compiled for six GPUs; "
+    "reference": "rung 1 of 6: against float64 formulas and PyTorch's autograd",
+    "torch": "on the CPU only: against the reference",
+    "cpu": "rung 2 of 6: against the reference on every instruction set",
+    "triton": "rungs 3 and 4 of 6: against the reference in Triton's interpreter, and compiled for six GPUs; "
     "no GPU has run it",
     "cuda": "not written",
 }
@@ -98,7 +98,7 @@ def _cpu() -> str:
         pass
     capability = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
-    line = f"{model}, {os.cpu_count()} cores, PyTorch uses {capability} and {threads} threads"
+    line = f"{model}, {os.cpu_count()} cores, PyTorch uses {capability}, threads: {threads}"
     try:
         return f"{line}, the C++ kernels use {library.load().isa()}"
     except UnsupportedError:

@@ -28,7 +28,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", choices=["ddim", "ddpm"], help="default: the model's")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default: %(default)s)")
     parser.add_argument(
-        "--backend", default="auto", help="auto, or the one backend that every operation must use"
+        "--backend",
+        default=os.environ.get("FASTLDM_BACKEND", "auto"),
+        help="auto, or the one backend that every operation must use (default: FASTLDM_BACKEND, else auto)",
     )
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
 
@@ -38,7 +40,7 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     from fastldm import dispatch
 
     if name != "auto" and name not in dispatch.BACKENDS:
-        raise InputError(f"--backend {name} is not known; use one of: auto, {', '.join(dispatch.BACKENDS)}")
+        raise InputError(f"backend {name} is not known; use one of: auto, {', '.join(dispatch.BACKENDS)}")
     return dispatch.use_backend(name)
 
 

@@ -100,7 +100,7 @@ def test_a_backend_that_is_named_is_used(sample, capsys):
         (["--seed", "99999999999999999999"], "below 2^63"),
         (["--guidance-scale", "nan"], "nan is not a guidance scale"),
         (["--guidance-scale", "-3"], "-3 is not a guidance scale"),
-        (["--backend", "tritton"], "--backend tritton is not known; use one of: auto, reference"),
+        (["--backend", "tritton"], "backend tritton is not known; use one of: auto, reference"),
         (["--device", "abacus"], "--device abacus"),
         (["--negative-prompt", "a zebra"], "'zebra'"),
     ],
