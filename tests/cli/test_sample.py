@@ -88,6 +88,14 @@ def test_a_backend_that_is_named_is_used(sample, capsys):
     assert "attention      reference" in capsys.readouterr().out
 
 
+def test_the_backend_of_the_environment_is_used_unless_a_flag_names_another(sample, capsys, monkeypatch):
+    monkeypatch.setenv("FASTLDM_BACKEND", "reference")
+    sample(CAPTION)
+    assert "attention      reference" in capsys.readouterr().out
+    sample(CAPTION, "--backend", "torch")
+    assert "attention      torch" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
