@@ -295,7 +295,7 @@ def leave_to_torch(op: str, backend: str, reason: str, tensors: tuple[torch.Tens
         raise UnsupportedError(f"backend {policy!r} cannot run {op} here: {reason}; use backend='auto'")
     if not compiling:
         _warn_once(op, "fastldm", reason)
-        if state.recorders:
+        if state.recorders and isinstance(tensors[0], torch.Tensor):
             _record(op, "forward", "torch", tensors, state, reason)
 
 

@@ -64,6 +64,10 @@ def apply(
     to the new arguments. A backend chosen in diffusers (`set_attention_backend`) stays chosen; what puts
     other attention processors in takes fastldm's out; `set_default_attn_processor` asks for `revert` first.
 
+    PyTorch computes what torch.func or forward mode differentiates, what torch.jit.script compiles, what
+    torch.fx traces through, and a TransformerEncoderLayer in eval mode without gradients, by its fast path.
+    Second derivatives raise where no small tensors are left to PyTorch: `revert` for those.
+
     Args:
         model: a module, or a pipeline (anything with `components`), of which all modules are looked at.
         ops: of "attention", "group_norm", "vq_nearest".
@@ -74,7 +78,8 @@ def apply(
         strict: raise if something known has to be left as it is.
         attention_classes: classes of yours whose `forward` calls `F.scaled_dot_product_attention` by a global
             name (`F`, `nn`, `torch`, the function itself), to be redirected as diffusers' are. Others that do
-            are listed as skipped.
+            are listed as skipped. Other global
+            names mean in them what they did when `apply` was called.
 
     Returns:
         What was replaced and what was skipped and why. Print it, or read `.entries` or `.to_dict()`.

@@ -33,6 +33,8 @@ def subclass(swap: Swap) -> type:
         "__reduce_ex__": _reduce,
         "_fastldm_swap": swap,
     }
+    if issubclass(base, nn.Module):
+        members["__prepare_scriptable__"] = _original
     return type(base.__name__, (base,), {**members, **swap.make(*swap[::2])})
 
 
@@ -60,6 +62,13 @@ def _restore(swap: Swap, function: Callable, args: tuple) -> object:
     thing = function(*args)
     thing.__class__ = subclass(swap)
     return thing
+
+
+def _original(self):
+    """For torch.jit.script, which compiles what PyTorch's own classes say: shares all that `self` holds."""
+    plain = copy.copy(self)
+    plain.__class__ = unswapped(type(self))
+    return plain
 
 
 def unswapped(cls: type) -> type:

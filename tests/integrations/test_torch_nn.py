@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
+from torch.autograd import forward_ad
 
 import fastldm
 from fastldm.errors import UnsupportedError
@@ -262,3 +263,170 @@ def test_what_sdpa_keeps(request, q_shape, k_shape, options):
     fastldm.apply(module, attention_classes=[Attends], backend="reference")
     with pytest.raises(UnsupportedError, match=request.node.callspec.id):
         module(q, k, v)
+
+
+def test_multihead_attention_sequence_first_can_be_viewed():
+    attention, x = nn.MultiheadAttention(32, 4), torch.randn(5, 2, 32)
+    strides = attention(x, x, x, need_weights=False)[0].stride()
+    fastldm.apply(attention)
+    assert attention(x, x, x, need_weights=False)[0].stride() == strides
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_is_causal_of_multihead_attention(padded):
+    """It stands for the mask, whatever that holds, where it is the only one."""
+    attention, x = nn.MultiheadAttention(32, 4, batch_first=True), torch.randn(2, 5, 32)
+    named = {"need_weights": False, "is_causal": True, "attn_mask": torch.randn(5, 5)}
+    if padded:
+        named["key_padding_mask"] = torch.tensor([[0.0] * 5, [0.0] * 3 + [-torch.inf] * 2])
+    (result, _), (truth, _), (plain, _), calls = both(attention, x, x, x, **named)
+    assert calls.calls[0].fallback is None
+    assert_as_accurate(result, truth, plain, terms=32 * 5)
+
+
+UNFIT = {
+    "causal without a mask": ((2, 6, 32), (2, 6, 32), {"is_causal": True}),
+    "lengths": ((2, 6, 32), (2, 5, 32), {}),
+    "batches": ((1, 6, 32), (1, 6, 32), {}),
+    "mask of one query": ((2, 6, 32), (2, 6, 32), {"attn_mask": torch.zeros(1, 6)}),
+    "mask of one head": ((2, 6, 32), (2, 6, 32), {"attn_mask": torch.zeros(1, 4, 6)}),
+    "mask of numbers": ((2, 6, 32), (2, 6, 32), {"attn_mask": torch.ones(4, 6, dtype=torch.int64)}),
+    "padding": ((2, 6, 32), (2, 6, 32), {"key_padding_mask": torch.zeros(1, 6, dtype=torch.bool)}),
+}
+
+
+@pytest.mark.parametrize(("k_shape", "v_shape", "named"), UNFIT.values(), ids=UNFIT)
+def test_multihead_attention_refuses_what_pytorch_refuses(k_shape, v_shape, named):
+    attention = nn.MultiheadAttention(32, 4, batch_first=True)
+    inputs = torch.randn(2, 4, 32), torch.randn(k_shape), torch.randn(v_shape)
+    messages = []
+    for change in (lambda module: None, fastldm.apply):
+        change(attention)
+        with pytest.raises((RuntimeError, AssertionError)) as raised:
+            attention(*inputs, need_weights=False, **named)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+def attend_to_oneself(module, x):
+    return module(x, x, x, need_weights=False)[0]
+
+
+def call(module, x):
+    return module(x)
+
+
+MODULES = {
+    "norm": (lambda: nn.GroupNorm(2, 8), (2, 8, 5), call),
+    "sequential": (
+        lambda: nn.Sequential(nn.Conv1d(8, 8, 1), nn.GroupNorm(2, 8), nn.SiLU()),
+        (2, 8, 5),
+        call,
+    ),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), (2, 5, 8), attend_to_oneself),
+    "own class": (AttendsByTorch, (2, 3, 10, 24), call),
+}
+
+
+def grad_of_weights(module, x, run):
+    def loss(weights, x):
+        with torch.nn.utils.stateless._reparametrize_module(module, weights):
+            return run(module, x).square().sum()
+
+    return list(torch.func.grad(loss)(dict(module.named_parameters()), x).values())
+
+
+def per_sample(module, x, run):
+    return [torch.func.vmap(torch.func.grad(lambda x: run(module, x[None]).square().sum()))(x)]
+
+
+def jvp(module, x, run):
+    return list(torch.func.jvp(lambda x: run(module, x), (x,), (x.cos(),)))
+
+
+def dual(module, x, run):
+    with forward_ad.dual_level():
+        return list(forward_ad.unpack_dual(run(module, forward_ad.make_dual(x, x.cos()))))
+
+
+@pytest.mark.parametrize("differentiate", [grad_of_weights, per_sample, jvp, dual])
+@pytest.mark.parametrize("name", MODULES)
+def test_torch_func_is_left_to_pytorch(name, differentiate):
+    make, shape, run = MODULES[name]
+    module, x = make(), torch.randn(shape)
+
+    def results():
+        # Of PyTorch's attentions one has a forward mode.
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            return differentiate(module, x, run)
+
+    plain = results()
+    fastldm.apply(module, attention_classes=[AttendsByTorch])
+    with fastldm.record() as calls:
+        found = results()
+    assert all("torch.func" in one.fallback for one in calls.calls)
+    assert calls.calls
+    assert len(found) == len(plain) > 0
+    for ours, theirs in zip(found, plain):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    fastldm.apply(module, attention_classes=[AttendsByTorch], backend="reference")
+    with pytest.raises(UnsupportedError, match=r"torch\.func"):
+        results()
+
+
+@pytest.mark.parametrize("name", ["norm", "sequential", "own class"])
+def test_fx_traces_as_before(name):
+    make, shape, _ = MODULES[name]
+    module, x = make(), torch.randn(shape)
+    plain = module(x)
+    fastldm.apply(module, attention_classes=[AttendsByTorch])
+    with fastldm.record():
+        traced = fx.symbolic_trace(module)
+    torch.testing.assert_close(traced(x), plain)
+
+
+@pytest.mark.parametrize("name", ["norm", "sequential", "attention"])
+def test_torchscript_compiles_the_originals(name):
+    make, shape, run = MODULES[name]
+    module, x = make(), torch.randn(shape)
+    plain = run(module, x)
+    fastldm.apply(module)
+    scripted = torch.jit.script(module)
+    assert torch.equal(run(scripted, x), plain)
+    assert list(scripted.state_dict()) == list(module.state_dict())
+    with fastldm.record() as calls:
+        run(module, x)
+    assert calls.calls
+
+
+@pytest.mark.parametrize("width", [20, 7])
+def test_the_result_of_a_padded_head_dim_can_be_viewed(width):
+    module = Attends()
+    module.proj = nn.Identity()
+    x = torch.randn(2, 10, 3, width)
+    inputs = (x.transpose(1, 2).contiguous(), x.transpose(1, 2))
+    plain = [module(x).stride() for x in inputs]
+    fastldm.apply(module, attention_classes=[Attends])
+    assert [module(x).stride() for x in inputs] == plain
+
+
+class ImportsItself(nn.Module):
+    def forward(self, x):
+        from torch.nn import functional
+
+        return functional.scaled_dot_product_attention(torch.nn.functional.silu(x), x, x)
+
+
+class HasItsOwn(nn.Module):
+    def scaled_dot_product_attention(self, x):
+        return x
+
+    def forward(self, x):
+        return F.silu(self.scaled_dot_product_attention(x))
+
+
+@pytest.mark.parametrize("cls", [ImportsItself, HasItsOwn])
+def test_what_does_not_call_attention_by_a_global_name(cls):
+    assert fastldm.apply(cls()).entries == []
+    with pytest.raises(ValueError, match="by a global name"):
+        fastldm.apply(cls(), attention_classes=[cls])
