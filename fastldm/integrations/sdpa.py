@@ -45,6 +45,8 @@ def sdpa_on(backend: str) -> Callable:
 def _why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> str | None:
     if not isinstance(query, Tensor):
         return "an input that is no tensor"  # as torch.fx traces it
+    if not query.is_floating_point() or query.is_nested:
+        return "tensors that are not dense and floating point"
     if dropout_p > 0.0:
         return "dropout on the attention weights"
     if query.dim() not in (3, 4) or key.dim() != query.dim():
@@ -59,8 +61,6 @@ def _why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> 
         return f"a head dim of {query.shape[-1]}"
     if attn_mask is not None and (is_causal or attn_mask.requires_grad):
         return "a mask that is causal too" if is_causal else "a mask that requires grad"
-    if not query.is_floating_point() or query.is_nested:
-        return "tensors that are not dense and floating point"
     if differentiating():
         return "a derivative by torch.func or in forward mode"
     return None

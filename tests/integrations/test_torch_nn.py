@@ -156,6 +156,7 @@ def test_self_attention_with_gradients():
         ("need_weights", {}, (2, 5, 32), {}),
         ("dropout", {"dropout": 0.5}, (2, 5, 32), {"need_weights": False}),
         ("batch", {}, (5, 32), {"need_weights": False}),
+        ("need_weights", {}, (2, 5, 32), {"average_attn_weights": False}),
     ],
 )
 def test_what_multihead_attention_leaves_to_pytorch(reason, options, inputs, named):
@@ -173,8 +174,9 @@ def test_what_multihead_attention_leaves_to_pytorch(reason, options, inputs, nam
         attention(x, x, x, **named)
 
 
-def test_multihead_attention_with_keys_of_its_own_is_skipped():
-    report = fastldm.apply(nn.MultiheadAttention(32, 4, add_bias_kv=True))
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_multihead_attention_with_keys_of_its_own_is_skipped(option):
+    report = fastldm.apply(nn.MultiheadAttention(32, 4, **{option: True}))
     assert [entry.skipped for entry in report.entries] == [
         "it adds keys of its own (add_bias_kv, add_zero_attn)"
     ]
@@ -213,6 +215,8 @@ def test_a_class_of_ones_own(cls):
 
 SHAPES = {
     "head dim of no kernel": ((2, 3, 10, 20), (2, 3, 7, 20), {}),
+    "scale and a head dim of no kernel": ((2, 3, 10, 20), (2, 3, 7, 20), {"scale": 0.3}),
+    "mask of two dimensions for three": ((6, 10, 24), (6, 7, 24), {"attn_mask": torch.rand(10, 7) > 0.3}),
     "three dimensions": ((6, 10, 24), (6, 7, 24), {"attn_mask": torch.rand(6, 10, 7) > 0.3}),
     "grouped queries": ((2, 6, 10, 24), (2, 2, 7, 24), {"enable_gqa": True}),
     "mask of two dimensions": ((7, 3, 7, 24), (7, 3, 7, 24), {"attn_mask": torch.rand(7, 7) > 0.3}),
@@ -240,6 +244,7 @@ LEFT = {
     "dimensions": ((1, 2, 3, 10, 24), (1, 2, 3, 10, 24), {}),
     "different shapes": ((2, 3, 10, 24), (2, 3, 10, 24), {}),
     "broadcast": ((2, 3, 10, 24), (1, 3, 10, 24), {}),
+    "head dim of 0": ((2, 3, 10, 0), (2, 3, 10, 0), {}),
     "head dim": ((2, 3, 10, 520), (2, 3, 10, 520), {}),
     "causal too": ((2, 3, 10, 24), (2, 3, 10, 24), {"is_causal": True, "attn_mask": torch.zeros(10, 10)}),
     "requires grad": ((2, 3, 10, 24), (2, 3, 10, 24), {"attn_mask": torch.zeros(10, 10, requires_grad=True)}),
@@ -430,3 +435,72 @@ def test_what_does_not_call_attention_by_a_global_name(cls):
     assert fastldm.apply(cls()).entries == []
     with pytest.raises(ValueError, match="by a global name"):
         fastldm.apply(cls(), attention_classes=[cls])
+
+
+@pytest.mark.parametrize("same", ["query and key", "key and value", "query and value"])
+def test_two_of_query_key_value_are_one(same):
+    attention = nn.MultiheadAttention(32, 4, batch_first=True)
+    x, y = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    inputs = {"query and key": (x, x, y), "key and value": (x, y, y), "query and value": (x, y, x)}[same]
+    (result, _), (truth, _), (plain, _), _ = both(attention, *inputs, need_weights=False)
+    assert_as_accurate(result, truth, plain, terms=32 * 5)
+
+
+def test_multihead_attention_in_eval_mode_has_no_dropout():
+    attention, x = nn.MultiheadAttention(32, 4, dropout=0.5).eval(), torch.randn(2, 5, 32)
+    fastldm.apply(attention)
+    with fastldm.record() as calls:
+        attention(x, x, x, need_weights=False)
+    assert calls.calls[0].fallback is None
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_left_to_pytorch():
+    attention, own = nn.MultiheadAttention(8, 2, batch_first=True).eval(), AttendsByTorch()
+    own.proj = nn.Identity()
+    rows = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    heads = torch.nested.nested_tensor([torch.randn(2, 3, 8), torch.randn(2, 5, 8)])
+    plain = [attend_to_oneself(attention, rows), own(heads)]
+    fastldm.apply(attention)
+    fastldm.apply(own, attention_classes=[AttendsByTorch])
+    for ours, theirs in zip([attend_to_oneself(attention, rows), own(heads)], plain):
+        assert torch.equal(ours.to_padded_tensor(0.0), theirs.to_padded_tensor(0.0))
+
+
+@pytest.mark.parametrize("width", [20, 24])
+def test_attention_under_autocast(width):
+    module = AttendsByTorch()
+    module.proj = nn.Identity()
+    x = torch.randn(2, 3, 10, width)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = module(x)
+        fastldm.apply(module, attention_classes=[AttendsByTorch])
+        result = module(x)
+    assert result.dtype == plain.dtype == torch.bfloat16
+    assert_as_accurate(result, AttendsByTorch.forward(module, x.double()), plain, terms=width * 10)
+
+
+class AttendsInside(nn.Module):
+    def forward(self, x):
+        return (lambda q: F.scaled_dot_product_attention(q, q, q))(x)
+
+
+def test_a_call_in_an_inner_function():
+    module = AttendsInside()
+    fastldm.apply(module, attention_classes=[AttendsInside])
+    with fastldm.record() as calls:
+        module(torch.randn(2, 3, 10, 24))
+    assert [call.op for call in calls.calls] == ["attention"]
+
+
+def test_a_call_behind_many_names():
+    """Whose numbers in the code take two bytes."""
+    names = "\n".join(f"    x.a{i} = 0" for i in range(300))
+    scope = {"nn": nn}
+    exec(
+        f"def forward(self, x):\n{names}\n    return nn.functional.scaled_dot_product_attention(x, x, x)",
+        scope,
+    )
+    cls = type("Many", (nn.Module,), {"forward": scope["forward"]})
+    assert len(fastldm.apply(cls(), attention_classes=[cls]).replaced) == 1
