@@ -18,7 +18,6 @@ from fastldm.integrations.swapping import (
     Swap,
     kept_forwards,
     original_class,
-    rebased,
     set_class,
     subclass,
     swap_of,
@@ -170,15 +169,14 @@ def _swap(site: _Site, cls: type, copies: dict[int, object]) -> Callable[[], Non
     if attribute is None:
         before = type(module)
         set_class(module, cls)
-        return lambda: set_class(module, rebased(type(module), cls, before))
+        return lambda: set_class(module, unswapped(type(module), before))
     thing = site.thing
     if id(thing) not in copies:
         copies[id(thing)] = swapped_copy(thing, cls), thing  # kept alive, so that no id comes twice
-    new = copies[id(thing)][0]
-    setattr(module, attribute, new)
+    setattr(module, attribute, copies[id(thing)][0])
 
     def undo():
-        if getattr(module, attribute, None) is new:
+        if swap_of(getattr(module, attribute, None)) is not None:
             setattr(module, attribute, thing)
 
     return undo

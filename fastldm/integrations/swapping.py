@@ -71,10 +71,10 @@ def _original(self):
     return plain
 
 
-def unswapped(cls: type) -> type:
-    """The class as it was before any swap."""
+def unswapped(cls: type, before: type | None = None) -> type:
+    """The class as it was before any swap, or with `before` for the swapped one."""
     made = next((base for base in cls.__mro__ if "_fastldm_swap" in vars(base)), None)
-    return cls if made is None else rebased(cls, made, made._fastldm_swap.base)
+    return cls if made is None else rebased(cls, made, before or made._fastldm_swap.base)
 
 
 def rebased(cls: type, old: type, new: type) -> type:

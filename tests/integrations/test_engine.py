@@ -231,6 +231,22 @@ def test_applied_inside_apply_goes_back_to_it(net, x):
     assert [(call.op, call.backend) for call in calls.calls] == [("group_norm", "torch")] * 2
 
 
+def test_apply_inside_applied_ends_with_it(net, x):
+    with fastldm.applied(net, backend="torch"):
+        apply(net, backend="reference", ops="group_norm")
+        assert len(ops_of(net, x)) == 3
+    assert ops_of(net, x) == []
+
+
+def test_applied_may_end_in_any_order(net, x):
+    first, second = fastldm.applied(net, backend="torch"), fastldm.applied(net, backend="reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert ops_of(net, x) == []
+
+
 def test_revert_inside_applied(net, x):
     with fastldm.applied(net):
         fastldm.revert(net)
@@ -311,6 +327,19 @@ def test_verify(net, x):
     ]
     assert all(0 < one.error <= one.limit for one in result.modules)
     assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_verify_sees_what_is_not_finite(net, x, monkeypatch):
+    apply(net)
+    right = fastldm.ops.group_norm
+
+    def wrong(*args, **named):
+        y = right(*args, **named)
+        y[0, 0, 0] = torch.nan
+        return y
+
+    monkeypatch.setattr(fastldm.ops, "group_norm", wrong)
+    assert not fastldm.verify(net, x).modules[0].ok
 
 
 def test_verify_sees_a_wrong_kernel(net, x, monkeypatch):
