@@ -136,7 +136,9 @@ def current_state() -> State:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless `name` is "auto" or a backend."""
+    """Raises ValueError unless `name` is "auto" or a backend, TypeError where it is no name at all."""
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a name, got {name!r}; use one of: auto, {', '.join(BACKENDS)}")
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; use one of: auto, {', '.join(BACKENDS)}")
 
@@ -294,14 +296,14 @@ def leave_to_torch(op: str, backend: str, reason: str, tensors: tuple[torch.Tens
     if policy not in ("auto", "torch"):
         raise UnsupportedError(f"backend {policy!r} cannot run {op} here: {reason}; use backend='auto'")
     if not compiling:
-        _warn_once(op, "fastldm", reason)
-        if state.recorders:
+        _warn_once(op, policy, reason)
+        if state.recorders and isinstance(tensors[0], torch.Tensor):
             _record(op, "forward", "torch", tensors, state, reason)
 
 
 def _record(op: str, direction: str, name: str, args: tuple, state: State, fallback: str | None) -> None:
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    shapes = tuple(tuple(t.shape) for t in tensors)
+    shapes = tuple(() if t.is_nested else tuple(t.shape) for t in tensors)
     dtype, device = tensors[0].dtype, str(tensors[0].device)
     for recorder in state.recorders:
         recorder.calls.append(Call(op, direction, name, shapes, dtype, device, fallback))
@@ -310,7 +312,10 @@ def _record(op: str, direction: str, name: str, args: tuple, state: State, fallb
 def _warn_once(op: str, backend: str, reason: str) -> None:
     if (op, backend, reason) not in _warned:
         _warned.add((op, backend, reason))
-        logger.warning("%s does not run on the %s backend: %s", op, backend, reason)
+        if backend in BACKENDS:
+            logger.warning("%s does not run on the %s backend: %s", op, backend, reason)
+        else:
+            logger.warning("%s is left to PyTorch: %s", op, reason)
 
 
 def why(op: str, backend: str, args: tuple) -> Explanation:

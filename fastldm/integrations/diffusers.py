@@ -23,8 +23,9 @@ def _resnet_block(module: nn.Module) -> Match | None:
         return Match(
             "group_norm", skipped=f"its activation is {type(module.nonlinearity).__name__}, not SiLU"
         )
-    second = {"default": "with the time embedding added before", "scale_shift": "with scale and shift"}
-    now = f"group norm + SiLU, twice, the second {second.get(module.time_embedding_norm, 'plain')}"
+    folded = {"default": ", channel bias", "scale_shift": ", scale, shift"}
+    folded = "" if module.time_emb_proj is None else folded.get(module.time_embedding_norm, "")
+    now = f"group norm + SiLU; group norm + SiLU{folded}"
     return Match("group_norm", now, _resnet_block_members, covers=("norm1", "norm2"))
 
 
@@ -78,7 +79,7 @@ def _processor(module: nn.Module) -> Match | None:
     kind = original_class(processor)
     return Match(
         "attention",
-        "the same with fused attention",
+        "fused attention",
         _processor_members,
         attribute="processor",
         skipped=_why_not(processor, kind),
@@ -107,7 +108,7 @@ def _calls_attention(module: nn.Module) -> Match | None:
     kind = original_class(module)
     if kind.__module__.partition(".")[0] != "diffusers" or not calls_sdpa(vars(kind).get("forward")):
         return None
-    return Match("attention", "the same with fused attention", _module_members)
+    return Match("attention", "fused attention", _module_members)
 
 
 def _module_members(base: type, backend: str) -> dict:

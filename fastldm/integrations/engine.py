@@ -12,13 +12,12 @@ from torch import nn
 from fastldm import dispatch
 from fastldm.errors import UnsupportedError
 from fastldm.integrations.report import Entry, Report
-from fastldm.integrations.rules import Match, rules
+from fastldm.integrations.rules import Match, is_own, rules
 from fastldm.integrations.sdpa import calls_sdpa, redirected
 from fastldm.integrations.swapping import (
     Swap,
     kept_forwards,
     original_class,
-    rebased,
     set_class,
     subclass,
     swap_of,
@@ -56,13 +55,18 @@ def apply(
     """Lets fastldm's operations compute in `model`, in place.
 
     Known are, of torch.nn: GroupNorm, GroupNorm followed by SiLU in a Sequential, MultiheadAttention called
-    with need_weights=False; of diffusers: ResnetBlock2D, all attention processors that call
-    `scaled_dot_product_attention` or diffusers' attention dispatcher, VectorQuantizer. Parameters, buffers,
-    state_dict, class names, `isinstance`, deepcopy and pickle stay as they are; nothing outside `model`
-    changes. Linear layers, convolutions, and processors with weights (IP-Adapter) are never touched. May be
-    called before or after LoRA is loaded, hooks are added, and `torch.compile`; again, it changes what it did
-    to the new arguments. A backend chosen in diffusers (`set_attention_backend`) stays chosen; what puts
-    other attention processors in takes fastldm's out; `set_default_attn_processor` asks for `revert` first.
+    with need_weights=False, TransformerEncoderLayer; of diffusers: ResnetBlock2D, all attention processors
+    that call `scaled_dot_product_attention` or diffusers' attention dispatcher, VectorQuantizer. Parameters,
+    buffers, state_dict, class names, `isinstance`, deepcopy and pickle stay as they are; nothing outside
+    `model` changes. Linear layers, convolutions, and processors with weights (IP-Adapter) are never touched.
+    May be called before or after LoRA is loaded, hooks are added, and `torch.compile`; again, it changes what
+    it did to the new arguments. A backend chosen in diffusers (`set_attention_backend`) stays chosen; what
+    puts other attention processors in takes fastldm's out; `set_default_attn_processor` asks for `revert`
+    first.
+
+    PyTorch computes what torch.func or forward mode differentiates, what torch.jit.script compiles, and what
+    torch.fx traces through. Second derivatives raise where no small tensors are left to PyTorch: `revert` for
+    those.
 
     Args:
         model: a module, or a pipeline (anything with `components`), of which all modules are looked at.
@@ -74,26 +78,23 @@ def apply(
         strict: raise if something known has to be left as it is.
         attention_classes: classes of yours whose `forward` calls `F.scaled_dot_product_attention` by a global
             name (`F`, `nn`, `torch`, the function itself), to be redirected as diffusers' are. Others that do
-            are listed as skipped.
+            are listed as skipped. Other global
+            names mean in them what they did when `apply` was called.
 
     Returns:
         What was replaced and what was skipped and why. Print it, or read `.entries` or `.to_dict()`.
 
     Raises:
-        TypeError: `model` is neither a module nor a pipeline with one.
+        TypeError: `model` is neither a module nor a pipeline with one; another argument of the wrong kind.
         ValueError: an unknown operation or backend; a class that does not call attention so.
         UnsupportedError: a named backend that is not there; with `strict`, what was skipped. Nothing has
             changed then.
     """
     wanted = _checked_ops(ops)
     dispatch.check_name(backend)
-    classes = tuple(attention_classes)
-    for cls in classes:
-        if not calls_sdpa(vars(cls).get("forward")):
-            raise ValueError(
-                f"attention_classes: the forward of {cls.__name__} calls no scaled_dot_product_attention "
-                "by a global name"
-            )
+    if filter is not None and not callable(filter):
+        raise TypeError(f"filter must be a function of (path, module), got {filter!r}")
+    classes = _checked_classes(attention_classes)
     report, swaps = Report(), []
     for site in _sites(model, wanted, filter, classes):
         match, was = site.match, original_class(site.thing).__name__
@@ -165,26 +166,46 @@ def _swap(site: _Site, cls: type, copies: dict[int, object]) -> Callable[[], Non
     if attribute is None:
         before = type(module)
         set_class(module, cls)
-        return lambda: set_class(module, rebased(type(module), cls, before))
+        return lambda: set_class(module, unswapped(type(module), before))
     thing = site.thing
     if id(thing) not in copies:
         copies[id(thing)] = swapped_copy(thing, cls), thing  # kept alive, so that no id comes twice
-    new = copies[id(thing)][0]
-    setattr(module, attribute, new)
+    setattr(module, attribute, copies[id(thing)][0])
 
     def undo():
-        if getattr(module, attribute, None) is new:
+        if swap_of(getattr(module, attribute, None)) is not None:
             setattr(module, attribute, thing)
 
     return undo
 
 
 def _checked_ops(ops: Iterable[str]) -> set[str]:
-    wanted = {ops} if isinstance(ops, str) else set(ops)
-    unknown = sorted(map(str, wanted - set(OPS)))
+    ops = (ops,) if isinstance(ops, str) else tuple(ops) if isinstance(ops, Iterable) else ops
+    if not isinstance(ops, tuple) or not all(isinstance(op, str) for op in ops):
+        raise TypeError(f"ops must be some of {', '.join(OPS)}, got {ops!r}")
+    unknown = sorted(set(ops) - set(OPS))
     if unknown:
-        raise ValueError(f"unknown operation {unknown[0]!r}; use some of: {', '.join(OPS)}")
-    return wanted
+        hint = f"; did you mean backend={unknown[0]!r}?" if unknown[0] in dispatch.BACKENDS else ""
+        raise ValueError(f"unknown operation {unknown[0]!r}; use some of: {', '.join(OPS)}{hint}")
+    if not ops:
+        raise ValueError(f"ops is empty; use some of: {', '.join(OPS)}")
+    return set(ops)
+
+
+def _checked_classes(classes: Iterable[type[nn.Module]]) -> tuple[type, ...]:
+    classes = (classes,) if isinstance(classes, type) else classes
+    if not isinstance(classes, Iterable) or isinstance(classes, str):
+        raise TypeError(f"attention_classes must be classes of modules, got {classes!r}")
+    classes = tuple(classes)
+    for cls in classes:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise TypeError(f"attention_classes must be classes of modules, got {cls!r} among them")
+        if not calls_sdpa(cls.forward):
+            raise ValueError(
+                f"attention_classes: the forward of {cls.__name__} calls no scaled_dot_product_attention "
+                "by a global name; only a call in forward itself can be redirected"
+            )
+    return classes
 
 
 def _check_backend(backend: str, ops: set[str]) -> None:
@@ -225,9 +246,9 @@ def _sites(
 def _matches(module: nn.Module, known: list, attention_classes: tuple[type, ...]) -> list[Match]:
     found = [match for match in (rule(module) for rule in known) if match is not None]
     kind = original_class(module)
-    if not found and calls_sdpa(vars(kind).get("forward")):
+    if not found and not is_own(kind) and calls_sdpa(kind.forward):
         reason = None if kind in attention_classes else "its class is unknown; name it in attention_classes"
-        found.append(Match("attention", "the same with fused attention", _members, skipped=reason))
+        found.append(Match("attention", "fused attention", _members, skipped=reason))
     return found
 
 
@@ -253,4 +274,5 @@ def _roots(model: object) -> dict[str, nn.Module]:
         modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
         if modules:
             return modules
-    raise TypeError(f"model must be an nn.Module or a pipeline with modules, got {type(model).__name__}")
+    given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    raise TypeError(f"model must be one nn.Module or one pipeline with modules, an instance, got {given}")

@@ -45,7 +45,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.entries:
-            return "nothing in this model is known to fastldm"
+            return "nothing to replace: no module is known to fastldm, or all run on its operations already"
         rows = [("path", "op", "was -> now", "backend", "skipped")]
         for entry in self.entries:
             change = entry.was if entry.now is None else f"{entry.was} -> {entry.now}"

@@ -32,6 +32,11 @@ class Match(NamedTuple):
     skipped: str | None = None
 
 
+def is_own(cls: type) -> bool:
+    """Whether a class is fastldm's, and runs on its operations by itself."""
+    return cls.__module__.partition(".")[0] == "fastldm"
+
+
 Rule = Callable[[nn.Module], Match | None]
 
 

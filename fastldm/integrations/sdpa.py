@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from fastldm import dispatch, ops
 from fastldm.integrations.swapping import like_module, rebound
+from fastldm.ops._library import differentiating
 from fastldm.ops.attention import HEAD_DIMS
 
 NAME = "scaled_dot_product_attention"
@@ -40,6 +43,10 @@ def sdpa_on(backend: str) -> Callable:
 
 
 def _why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> str | None:
+    if not isinstance(query, Tensor):
+        return "an input that is no tensor"  # as torch.fx traces it
+    if not query.is_floating_point() or query.is_nested:
+        return "tensors that are not dense and floating point"
     if dropout_p > 0.0:
         return "dropout on the attention weights"
     if query.dim() not in (3, 4) or key.dim() != query.dim():
@@ -54,8 +61,8 @@ def _why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> 
         return f"a head dim of {query.shape[-1]}"
     if attn_mask is not None and (is_causal or attn_mask.requires_grad):
         return "a mask that is causal too" if is_causal else "a mask that requires grad"
-    if not query.is_floating_point() or query.is_nested:
-        return "tensors that are not dense and floating point"
+    if differentiating():
+        return "a derivative by torch.func or in forward mode"
     return None
 
 
@@ -74,9 +81,13 @@ def _attention(query, key, value, attn_mask, is_causal, scale, backend) -> Tenso
     padding = min(dim for dim in HEAD_DIMS if dim >= head_dim) - head_dim
     if padding:
         scale = head_dim**-0.5 if scale is None else scale
-        query, key, value = (F.pad(x, (0, padding)) for x in (query, key, value))
-    out = ops.attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale, backend=backend)
-    return out[..., :head_dim] if padding else out
+        padded = (F.pad(x, (0, padding)) for x in (query, key, value))
+    else:
+        padded = query, key, value
+    out = ops.attention(*padded, attn_mask, is_causal=is_causal, scale=scale, backend=backend)
+    if padding:  # without gaps, so that it can be viewed as PyTorch's result can
+        out = torch.empty_like(query, dtype=out.dtype).copy_(out[..., :head_dim])
+    return out
 
 
 def calls_sdpa(function: object) -> bool:
@@ -90,15 +101,15 @@ def redirected(function: types.FunctionType, backend: str) -> types.FunctionType
 
 def _redirections(function: types.FunctionType, backend: str) -> dict[str, object]:
     """The global names of `function` to bind anew."""
-    names = set(_names(function.__code__))
     found = {}
-    for name in names & function.__globals__.keys():
-        value = function.__globals__[name]
-        if value is F and NAME in names:
+    for path in _global_paths(function.__code__):
+        name, *rest = path
+        value = function.__globals__.get(name)
+        if value is F and rest[:1] == [NAME]:
             found[name] = functional_on(backend)
-        elif value is torch and {"nn", "functional", NAME} <= names:
+        elif value is torch and rest[:3] == ["nn", "functional", NAME]:
             found[name] = like_module(torch, nn=_nn_on(backend))
-        elif value is torch.nn and {"functional", NAME} <= names:
+        elif value is torch.nn and rest[:2] == ["functional", NAME]:
             found[name] = _nn_on(backend)
         elif value is F.scaled_dot_product_attention:
             found[name] = sdpa_on(backend)
@@ -110,11 +121,19 @@ def _redirections(function: types.FunctionType, backend: str) -> dict[str, objec
     return found
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+@cache
+def _global_paths(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
+    """("torch", "nn", "functional", ...) for every global name that `code` reads, with the attributes read of
+    it there. Names that it imports or binds itself are none."""
+    found, path = [], ()
+    for step in dis.get_instructions(code):
+        if path and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            path = (*path, step.argval)
+        elif step.opname != "EXTENDED_ARG":
+            found.append(path)
+            path = (step.argval,) if step.opname == "LOAD_GLOBAL" else ()
+    inner = (_global_paths(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return tuple(path for path in (*found, *chain(*inner)) if path)
 
 
 @cache

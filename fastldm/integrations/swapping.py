@@ -33,6 +33,8 @@ def subclass(swap: Swap) -> type:
         "__reduce_ex__": _reduce,
         "_fastldm_swap": swap,
     }
+    if issubclass(base, nn.Module):
+        members["__prepare_scriptable__"] = _original
     return type(base.__name__, (base,), {**members, **swap.make(*swap[::2])})
 
 
@@ -62,10 +64,17 @@ def _restore(swap: Swap, function: Callable, args: tuple) -> object:
     return thing
 
 
-def unswapped(cls: type) -> type:
-    """The class as it was before any swap."""
+def _original(self):
+    """For torch.jit.script, which compiles what PyTorch's own classes say: shares all that `self` holds."""
+    plain = copy.copy(self)
+    plain.__class__ = unswapped(type(self))
+    return plain
+
+
+def unswapped(cls: type, before: type | None = None) -> type:
+    """The class as it was before any swap, or with `before` for the swapped one."""
     made = next((base for base in cls.__mro__ if "_fastldm_swap" in vars(base)), None)
-    return cls if made is None else rebased(cls, made, made._fastldm_swap.base)
+    return cls if made is None else rebased(cls, made, before or made._fastldm_swap.base)
 
 
 def rebased(cls: type, old: type, new: type) -> type:

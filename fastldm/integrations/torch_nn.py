@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastldm import dispatch, ops
-from fastldm.integrations.rules import Match
+from fastldm.integrations.rules import Match, is_own
 from fastldm.integrations.sdpa import sdpa_on
 from fastldm.integrations.swapping import original_class
 from fastldm.nn.hooks import only_computes
+from fastldm.ops._library import differentiating
 
 
 def norm(layer: nn.GroupNorm, x: torch.Tensor, backend: str, **options) -> torch.Tensor:
@@ -31,20 +32,35 @@ def is_silu(module: nn.Module) -> bool:
 
 
 def takes(x: torch.Tensor) -> bool:
-    return 2 <= x.dim() <= 5 and x.is_floating_point()
+    return why_not(x) is None
+
+
+def why_not(x: torch.Tensor) -> str | None:
+    """Why `ops.group_norm` does not take `x`."""
+    if not isinstance(x, torch.Tensor):
+        return "an input that is no tensor"  # as torch.fx traces it
+    if not 2 <= x.dim() <= 5:
+        return f"an input of {x.dim()} dimensions"
+    if not x.is_floating_point():
+        return f"an input of {x.dtype}"
+    return "a derivative by torch.func or in forward mode" if differentiating() else None
 
 
 def _group_norm(module: nn.Module) -> Match | None:
-    if original_class(module) is nn.GroupNorm:
+    kind = original_class(module)
+    if kind is nn.GroupNorm:
         return Match("group_norm", "group norm", _group_norm_members)
+    if isinstance(module, nn.GroupNorm) and not is_own(kind):
+        return Match("group_norm", skipped="it is of a class derived from nn.GroupNorm")
     return None
 
 
 def _group_norm_members(base: type, backend: str) -> dict:
     def forward(self, input):
-        if takes(input):
+        reason = why_not(input)
+        if reason is None:
             return norm(self, input, backend)
-        dispatch.leave_to_torch("group_norm", backend, f"an input of {input.dim()} dimensions", (input,))
+        dispatch.leave_to_torch("group_norm", backend, reason, (input,))
         return base.forward(self, input)
 
     return {"forward": forward}
@@ -83,6 +99,31 @@ def _sequential_members(base: type, backend: str) -> dict:
     return {"forward": forward}
 
 
+def _encoder_layer(module: nn.Module) -> Match | None:
+    if original_class(module) is not nn.TransformerEncoderLayer:
+        return None
+    now = "its attention fused, in inference too"
+    return Match("attention", now, _encoder_layer_members, covers=("self_attn",))
+
+
+def _encoder_layer_members(base: type, backend: str) -> dict:
+    """Past PyTorch's fast path for inference, one operation for the whole layer, which calls no attention."""
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        if not isinstance(src, torch.Tensor) or src.is_nested or differentiating():
+            reason = "a nested tensor, a tracer or a derivative by torch.func or in forward mode"
+            dispatch.leave_to_torch("attention", backend, reason, (src,))
+            return base.forward(self, src, src_mask, src_key_padding_mask, is_causal)
+        attended = (src_mask, src_key_padding_mask, is_causal)
+        if self.norm_first:
+            src = src + self._sa_block(self.norm1(src), *attended)
+            return src + self._ff_block(self.norm2(src))
+        src = self.norm1(src + self._sa_block(src, *attended))
+        return self.norm2(src + self._ff_block(src))
+
+    return {"forward": forward}
+
+
 def _multihead_attention(module: nn.Module) -> Match | None:
     if original_class(module) is not nn.MultiheadAttention:
         return None
@@ -105,13 +146,12 @@ def _multihead_attention_members(base: type, backend: str) -> dict:
         average_attn_weights=True,
         is_causal=False,
     ):
-        reason = None
         if need_weights:
             reason = "the attention weights are asked for (need_weights=True)"
         elif self.training and self.dropout > 0.0:
             reason = "dropout on the attention weights"
-        elif query.dim() != 3 or query.is_nested:
-            reason = "an input without a batch"
+        else:
+            reason = _unfit(self, query, key, value, key_padding_mask, attn_mask, is_causal)
         if reason is not None:
             dispatch.leave_to_torch("attention", backend, reason, (query, key, value))
             return base.forward(
@@ -125,17 +165,39 @@ def _multihead_attention_members(base: type, backend: str) -> dict:
                 average_attn_weights=average_attn_weights,
                 is_causal=is_causal,
             )
-        if not self.batch_first:
-            kept = {id(x): x.transpose(0, 1) for x in (query, key, value)}
-            query, key, value = (kept[id(x)] for x in (query, key, value))
+        to_heads, back = ((0, 2, 1, 3), (0, 2, 1, 3)) if self.batch_first else ((1, 2, 0, 3), (2, 0, 1, 3))
         projected = _project(self, query, key, value)
-        heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected]
-        mask = _allowed(key_padding_mask, attn_mask, query.shape[0], self.num_heads)
-        out = attend(*heads, attn_mask=mask)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
-        return out if self.batch_first else out.transpose(0, 1), None
+        heads = [x.unflatten(-1, (self.num_heads, -1)).permute(to_heads) for x in projected]
+        # As in PyTorch, `is_causal` stands for `attn_mask` where that is the only mask.
+        is_causal = is_causal and key_padding_mask is None
+        mask = None
+        if not is_causal:
+            mask = _allowed(key_padding_mask, attn_mask, heads[0].shape[0], self.num_heads)
+        out = attend(*heads, attn_mask=mask, is_causal=is_causal)
+        return self.out_proj(out.permute(back).flatten(2)), None
 
     return {"forward": forward}
+
+
+def _unfit(module, query, key, value, padding, mask, is_causal) -> str | None:
+    """Why PyTorch has to see these arguments: it does something else with them, or refuses them."""
+    if not all(isinstance(x, torch.Tensor) for x in (query, key, value)):
+        return "an input that is no tensor"
+    if query.dim() != 3 or query.is_nested:
+        return "an input without a batch"
+    if differentiating():
+        return "a derivative by torch.func or in forward mode"
+    batch, length = (0, 1) if module.batch_first else (1, 0)
+    size, queries, keys = query.shape[batch], query.shape[length], key.shape[length]
+    fits = key.dim() == value.dim() == 3 and key.shape[batch] == size and key.shape[:2] == value.shape[:2]
+    if padding is not None:
+        fits = fits and padding.shape == (size, keys)
+    if mask is not None:
+        fits = fits and mask.shape in ((queries, keys), (size * module.num_heads, queries, keys))
+        fits = fits and (mask.dtype == torch.bool or mask.is_floating_point())
+    if not fits or (is_causal and mask is None):
+        return "inputs and masks that do not fit together"
+    return None
 
 
 def _project(module: nn.MultiheadAttention, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -173,4 +235,4 @@ def _allowed(
     return added[0] if len(added) == 1 else added[0] + added[1]
 
 
-RULES = (_sequential, _group_norm, _multihead_attention)
+RULES = (_sequential, _group_norm, _encoder_layer, _multihead_attention)

@@ -159,6 +159,18 @@ def refuse_transforms(name: str, *inputs: Tensor | None) -> None:
         )
 
 
+def differentiating() -> bool:
+    """Whether what runs now is differentiated in a way that `refuse_transforms` refuses."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    kinds = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
+    return forward_ad._current_level >= 0 or (
+        torch._C._are_functorch_transforms_active()
+        and any(level.key() in kinds for level in functorch.get_interpreter_stack())
+    )
+
+
 def _has_tangent(x: Tensor | None) -> bool:
     return x is not None and forward_ad.unpack_dual(x).tangent is not None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.autoencoders.vae import VectorQuantizer
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
@@ -253,3 +254,30 @@ def test_a_backend_chosen_in_diffusers_afterwards_is_recorded(transformer):
     assert torch.equal(after, before)
     assert [(call.op, call.backend) for call in record.calls] == [("attention", "torch")] * 3
     assert all("attention backend of diffusers" in call.fallback for call in record.calls)
+
+
+OTHER = AttnProcessor()
+
+
+@pytest.mark.parametrize(
+    "change", [fastldm.apply, fastldm.revert, lambda model: model.set_attn_processor(OTHER)]
+)
+def test_processors_when_applied_ends(change):
+    unet = tiny.unet()
+    before = {name: id(processor) for name, processor in unet.attn_processors.items()}
+    with fastldm.applied(unet, backend="reference"):
+        change(unet)
+    after = unet.attn_processors
+    if change not in (fastldm.apply, fastldm.revert):
+        assert set(map(id, after.values())) == {id(OTHER)}, "what was put in since stays"
+    else:
+        assert [type(x) for x in after.values()] == [AttnProcessor2_0] * len(before)
+    if change is fastldm.apply:
+        assert {name: id(processor) for name, processor in after.items()} == before
+
+
+def test_a_shared_processor_stays_shared():
+    unet = tiny.unet()
+    unet.set_attn_processor(AttnProcessor2_0())
+    fastldm.apply(unet)
+    assert len(set(map(id, unet.attn_processors.values()))) == 1

@@ -233,6 +233,22 @@ def test_applied_inside_apply_goes_back_to_it(net, x):
     assert [(call.op, call.backend) for call in calls.calls] == [("group_norm", "torch")] * 2
 
 
+def test_apply_inside_applied_ends_with_it(net, x):
+    with fastldm.applied(net, backend="torch"):
+        apply(net, backend="reference", ops="group_norm")
+        assert len(ops_of(net, x)) == 3
+    assert ops_of(net, x) == []
+
+
+def test_applied_may_end_in_any_order(net, x):
+    first, second = fastldm.applied(net, backend="torch"), fastldm.applied(net, backend="reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert ops_of(net, x) == []
+
+
 def test_revert_inside_applied(net, x):
     with fastldm.applied(net):
         fastldm.revert(net)
@@ -281,27 +297,44 @@ def test_pipelines():
 @pytest.mark.parametrize("model", [3, None, nn.Module, type("Empty", (), {"components": {}})()])
 def test_what_is_no_model(model):
     for function in (fastldm.apply, fastldm.revert):
-        with pytest.raises(TypeError, match="or a pipeline with modules, got"):
+        with pytest.raises(TypeError, match="or one pipeline with modules, an instance, got"):
             function(model)
 
 
-def test_wrong_arguments(net):
-    with pytest.raises(ValueError, match="unknown operation 'silu'; use some of: attention, group_norm"):
-        fastldm.apply(net, ops=["silu"])
-    with pytest.raises(ValueError, match="unknown backend 'tritn'"):
-        fastldm.apply(net, backend="tritn")
-    with pytest.raises(ValueError, match="the forward of Linear calls no scaled_dot_product_attention"):
-        fastldm.apply(net, attention_classes=[nn.Linear])
+WRONG = [
+    (TypeError, {"ops": None}, "ops must be some of attention, group_norm, vq_nearest, got None"),
+    (TypeError, {"ops": [["attention"]]}, "ops must be some of"),
+    (ValueError, {"ops": ["silu"]}, "unknown operation 'silu'; use some of: attention, group_norm"),
+    (ValueError, {"ops": "triton"}, "did you mean backend='triton'"),
+    (ValueError, {"ops": []}, "ops is empty"),
+    (ValueError, {"backend": "tritn"}, "unknown backend 'tritn'"),
+    (TypeError, {"backend": None}, "backend must be a name, got None"),
+    (TypeError, {"backend": ["cpu"]}, "backend must be a name"),
+    (TypeError, {"filter": "norm"}, "filter must be a function"),
+    (TypeError, {"attention_classes": None}, "attention_classes must be classes of modules, got None"),
+    (TypeError, {"attention_classes": "Attends"}, "attention_classes must be classes"),
+    (TypeError, {"attention_classes": [Attends()]}, "attention_classes must be classes"),
+    (ValueError, {"attention_classes": [nn.Linear]}, "the forward of Linear calls no scaled_dot"),
+]
+
+
+@pytest.mark.parametrize(("error", "options", "message"), WRONG, ids=str)
+def test_wrong_arguments(net, error, options, message):
+    with pytest.raises(error, match=message):
+        fastldm.apply(net, **options)
+    assert type(net.norm) is nn.GroupNorm
 
 
 def test_nothing_known():
     report = fastldm.apply(nn.Linear(2, 2))
     assert report.entries == []
-    assert str(report) == "nothing in this model is known to fastldm"
+    assert str(report).startswith("nothing to replace")
 
 
 def test_verify(net, x):
-    assert "call fastldm.apply first" in str(fastldm.verify(net, x))
+    nothing = fastldm.verify(net, x)
+    assert not nothing
+    assert "call fastldm.apply first" in str(nothing)
     apply(net)
     result = fastldm.verify(net, x)
     assert result
@@ -313,6 +346,19 @@ def test_verify(net, x):
     ]
     assert all(0 < one.error <= one.limit for one in result.modules)
     assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_verify_sees_what_is_not_finite(net, x, monkeypatch):
+    apply(net)
+    right = fastldm.ops.group_norm
+
+    def wrong(*args, **named):
+        y = right(*args, **named)
+        y[0, 0, 0] = torch.nan
+        return y
+
+    monkeypatch.setattr(fastldm.ops, "group_norm", wrong)
+    assert not fastldm.verify(net, x).modules[0].ok
 
 
 def test_verify_sees_a_wrong_kernel(net, x, monkeypatch):
@@ -339,9 +385,14 @@ def test_warmup_of_a_module(net, x):
     apply(net)
     calls = fastldm.warmup(net, x=x)
     assert calls.backends().keys() == {"attention", "group_norm"}
+    assert fastldm.warmup(net, x).calls == calls.calls
+    with pytest.raises(TypeError, match="model must be a module or a pipeline"):
+        fastldm.warmup(None)
+    with pytest.raises(ValueError, match="sizes must be pairs"):
+        fastldm.warmup(net, sizes=(8, 8), x=x)
     with pytest.raises(TypeError, match="Net takes no 'y'; it takes: x"):
         fastldm.warmup(net, y=x)
-    with pytest.raises(TypeError, match="Net takes no 'height'"):
+    with pytest.raises(TypeError, match="sizes: Net takes no height and width"):
         fastldm.warmup(net, sizes=[(8, 8)], x=x)
 
 

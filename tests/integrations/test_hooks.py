@@ -140,3 +140,14 @@ def test_a_parametrization_put_on_inside_applied():
     assert not calls.calls
     parametrize.remove_parametrizations(norm, "weight")
     assert type(norm) is nn.GroupNorm
+
+
+def test_a_parametrization_taken_off_inside_applied():
+    norm, x = nn.GroupNorm(2, 8), torch.randn(2, 8, 5)
+    parametrizations.weight_norm(norm, dim=None)
+    with fastldm.applied(norm):
+        parametrize.remove_parametrizations(norm, "weight")
+    assert type(norm) is nn.GroupNorm
+    with fastldm.record() as calls:
+        norm(x)
+    assert not calls.calls

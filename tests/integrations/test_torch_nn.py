@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
+from torch.autograd import forward_ad
 
 import fastldm
 from fastldm.errors import UnsupportedError
@@ -155,6 +156,7 @@ def test_self_attention_with_gradients():
         ("need_weights", {}, (2, 5, 32), {}),
         ("dropout", {"dropout": 0.5}, (2, 5, 32), {"need_weights": False}),
         ("batch", {}, (5, 32), {"need_weights": False}),
+        ("need_weights", {}, (2, 5, 32), {"average_attn_weights": False}),
     ],
 )
 def test_what_multihead_attention_leaves_to_pytorch(reason, options, inputs, named):
@@ -172,8 +174,9 @@ def test_what_multihead_attention_leaves_to_pytorch(reason, options, inputs, nam
         attention(x, x, x, **named)
 
 
-def test_multihead_attention_with_keys_of_its_own_is_skipped():
-    report = fastldm.apply(nn.MultiheadAttention(32, 4, add_bias_kv=True))
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_multihead_attention_with_keys_of_its_own_is_skipped(option):
+    report = fastldm.apply(nn.MultiheadAttention(32, 4, **{option: True}))
     assert [entry.skipped for entry in report.entries] == [
         "it adds keys of its own (add_bias_kv, add_zero_attn)"
     ]
@@ -212,6 +215,8 @@ def test_a_class_of_ones_own(cls):
 
 SHAPES = {
     "head dim of no kernel": ((2, 3, 10, 20), (2, 3, 7, 20), {}),
+    "scale and a head dim of no kernel": ((2, 3, 10, 20), (2, 3, 7, 20), {"scale": 0.3}),
+    "mask of two dimensions for three": ((6, 10, 24), (6, 7, 24), {"attn_mask": torch.rand(10, 7) > 0.3}),
     "three dimensions": ((6, 10, 24), (6, 7, 24), {"attn_mask": torch.rand(6, 10, 7) > 0.3}),
     "grouped queries": ((2, 6, 10, 24), (2, 2, 7, 24), {"enable_gqa": True}),
     "mask of two dimensions": ((7, 3, 7, 24), (7, 3, 7, 24), {"attn_mask": torch.rand(7, 7) > 0.3}),
@@ -239,8 +244,8 @@ LEFT = {
     "dimensions": ((1, 2, 3, 10, 24), (1, 2, 3, 10, 24), {}),
     "different shapes": ((2, 3, 10, 24), (2, 3, 10, 24), {}),
     "broadcast": ((2, 3, 10, 24), (1, 3, 10, 24), {}),
+    "head dim of 0": ((2, 3, 10, 0), (2, 3, 10, 0), {}),
     "head dim": ((2, 3, 10, 520), (2, 3, 10, 520), {}),
-    "causal too": ((2, 3, 10, 24), (2, 3, 10, 24), {"is_causal": True, "attn_mask": torch.zeros(10, 10)}),
     "requires grad": ((2, 3, 10, 24), (2, 3, 10, 24), {"attn_mask": torch.zeros(10, 10, requires_grad=True)}),
 }
 
@@ -262,3 +267,328 @@ def test_what_sdpa_keeps(request, q_shape, k_shape, options):
     fastldm.apply(module, attention_classes=[Attends], backend="reference")
     with pytest.raises(UnsupportedError, match=request.node.callspec.id):
         module(q, k, v)
+
+
+def test_multihead_attention_sequence_first_can_be_viewed():
+    attention, x = nn.MultiheadAttention(32, 4), torch.randn(5, 2, 32)
+    strides = attention(x, x, x, need_weights=False)[0].stride()
+    fastldm.apply(attention)
+    assert attention(x, x, x, need_weights=False)[0].stride() == strides
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_is_causal_of_multihead_attention(padded):
+    """It stands for the mask, whatever that holds, where it is the only one."""
+    attention, x = nn.MultiheadAttention(32, 4, batch_first=True), torch.randn(2, 5, 32)
+    named = {"need_weights": False, "is_causal": True, "attn_mask": torch.randn(5, 5)}
+    if padded:
+        named["key_padding_mask"] = torch.tensor([[0.0] * 5, [0.0] * 3 + [-torch.inf] * 2])
+    (result, _), (truth, _), (plain, _), calls = both(attention, x, x, x, **named)
+    assert calls.calls[0].fallback is None
+    assert_as_accurate(result, truth, plain, terms=32 * 5)
+
+
+UNFIT = {
+    "causal without a mask": ((2, 6, 32), (2, 6, 32), {"is_causal": True}),
+    "lengths": ((2, 6, 32), (2, 5, 32), {}),
+    "batches": ((1, 6, 32), (1, 6, 32), {}),
+    "mask of one query": ((2, 6, 32), (2, 6, 32), {"attn_mask": torch.zeros(1, 6)}),
+    "mask of one head": ((2, 6, 32), (2, 6, 32), {"attn_mask": torch.zeros(1, 4, 6)}),
+    "mask of numbers": ((2, 6, 32), (2, 6, 32), {"attn_mask": torch.ones(4, 6, dtype=torch.int64)}),
+    "padding": ((2, 6, 32), (2, 6, 32), {"key_padding_mask": torch.zeros(1, 6, dtype=torch.bool)}),
+}
+
+
+@pytest.mark.parametrize(("k_shape", "v_shape", "named"), UNFIT.values(), ids=UNFIT)
+def test_multihead_attention_refuses_what_pytorch_refuses(k_shape, v_shape, named):
+    attention = nn.MultiheadAttention(32, 4, batch_first=True)
+    inputs = torch.randn(2, 4, 32), torch.randn(k_shape), torch.randn(v_shape)
+    messages = []
+    for change in (lambda module: None, fastldm.apply):
+        change(attention)
+        with pytest.raises((RuntimeError, AssertionError)) as raised:
+            attention(*inputs, need_weights=False, **named)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+def attend_to_oneself(module, x):
+    return module(x, x, x, need_weights=False)[0]
+
+
+def call(module, x):
+    return module(x)
+
+
+MODULES = {
+    "norm": (lambda: nn.GroupNorm(2, 8), (2, 8, 5), call),
+    "sequential": (
+        lambda: nn.Sequential(nn.Conv1d(8, 8, 1), nn.GroupNorm(2, 8), nn.SiLU()),
+        (2, 8, 5),
+        call,
+    ),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), (2, 5, 8), attend_to_oneself),
+    "own class": (AttendsByTorch, (2, 3, 10, 24), call),
+}
+
+
+def grad_of_weights(module, x, run):
+    def loss(weights, x):
+        with torch.nn.utils.stateless._reparametrize_module(module, weights):
+            return run(module, x).square().sum()
+
+    return list(torch.func.grad(loss)(dict(module.named_parameters()), x).values())
+
+
+def per_sample(module, x, run):
+    return [torch.func.vmap(torch.func.grad(lambda x: run(module, x[None]).square().sum()))(x)]
+
+
+def jvp(module, x, run):
+    return list(torch.func.jvp(lambda x: run(module, x), (x,), (x.cos(),)))
+
+
+def dual(module, x, run):
+    with forward_ad.dual_level():
+        return list(forward_ad.unpack_dual(run(module, forward_ad.make_dual(x, x.cos()))))
+
+
+@pytest.mark.parametrize("differentiate", [grad_of_weights, per_sample, jvp, dual])
+@pytest.mark.parametrize("name", MODULES)
+def test_torch_func_is_left_to_pytorch(name, differentiate):
+    make, shape, run = MODULES[name]
+    module, x = make(), torch.randn(shape)
+
+    def results():
+        # Of PyTorch's attentions one has a forward mode.
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            return differentiate(module, x, run)
+
+    plain = results()
+    fastldm.apply(module, attention_classes=[AttendsByTorch])
+    with fastldm.record() as calls:
+        found = results()
+    assert all("torch.func" in one.fallback for one in calls.calls)
+    assert calls.calls
+    assert len(found) == len(plain) > 0
+    for ours, theirs in zip(found, plain):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    fastldm.apply(module, attention_classes=[AttendsByTorch], backend="reference")
+    with pytest.raises(UnsupportedError, match=r"torch\.func"):
+        results()
+
+
+@pytest.mark.parametrize("name", ["norm", "sequential", "own class"])
+def test_fx_traces_as_before(name):
+    make, shape, _ = MODULES[name]
+    module, x = make(), torch.randn(shape)
+    plain = module(x)
+    fastldm.apply(module, attention_classes=[AttendsByTorch])
+    with fastldm.record():
+        traced = fx.symbolic_trace(module)
+    torch.testing.assert_close(traced(x), plain)
+
+
+@pytest.mark.parametrize("name", ["norm", "sequential", "attention"])
+def test_torchscript_compiles_the_originals(name):
+    make, shape, run = MODULES[name]
+    module, x = make(), torch.randn(shape)
+    plain = run(module, x)
+    fastldm.apply(module)
+    scripted = torch.jit.script(module)
+    assert torch.equal(run(scripted, x), plain)
+    assert list(scripted.state_dict()) == list(module.state_dict())
+    with fastldm.record() as calls:
+        run(module, x)
+    assert calls.calls
+
+
+@pytest.mark.parametrize("width", [20, 7])
+def test_the_result_of_a_padded_head_dim_can_be_viewed(width):
+    module = Attends()
+    module.proj = nn.Identity()
+    x = torch.randn(2, 10, 3, width)
+    inputs = (x.transpose(1, 2).contiguous(), x.transpose(1, 2))
+    plain = [module(x).stride() for x in inputs]
+    fastldm.apply(module, attention_classes=[Attends])
+    assert [module(x).stride() for x in inputs] == plain
+
+
+class ImportsItself(nn.Module):
+    def forward(self, x):
+        from torch.nn import functional
+
+        return functional.scaled_dot_product_attention(torch.nn.functional.silu(x), x, x)
+
+
+class HasItsOwn(nn.Module):
+    def scaled_dot_product_attention(self, x):
+        return x
+
+    def forward(self, x):
+        return F.silu(self.scaled_dot_product_attention(x))
+
+
+@pytest.mark.parametrize("cls", [ImportsItself, HasItsOwn])
+def test_what_does_not_call_attention_by_a_global_name(cls):
+    assert fastldm.apply(cls()).entries == []
+    with pytest.raises(ValueError, match="by a global name"):
+        fastldm.apply(cls(), attention_classes=[cls])
+
+
+@pytest.mark.parametrize("same", ["query and key", "key and value", "query and value"])
+def test_two_of_query_key_value_are_one(same):
+    attention = nn.MultiheadAttention(32, 4, batch_first=True)
+    x, y = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    inputs = {"query and key": (x, x, y), "key and value": (x, y, y), "query and value": (x, y, x)}[same]
+    (result, _), (truth, _), (plain, _), _ = both(attention, *inputs, need_weights=False)
+    assert_as_accurate(result, truth, plain, terms=32 * 5)
+
+
+def test_multihead_attention_in_eval_mode_has_no_dropout():
+    attention, x = nn.MultiheadAttention(32, 4, dropout=0.5).eval(), torch.randn(2, 5, 32)
+    fastldm.apply(attention)
+    with fastldm.record() as calls:
+        attention(x, x, x, need_weights=False)
+    assert calls.calls[0].fallback is None
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_left_to_pytorch():
+    attention, own = nn.MultiheadAttention(8, 2, batch_first=True).eval(), AttendsByTorch()
+    own.proj = nn.Identity()
+    rows = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    heads = torch.nested.nested_tensor([torch.randn(2, 3, 8), torch.randn(2, 5, 8)])
+    plain = [attend_to_oneself(attention, rows), own(heads)]
+    fastldm.apply(attention)
+    fastldm.apply(own, attention_classes=[AttendsByTorch])
+    for ours, theirs in zip([attend_to_oneself(attention, rows), own(heads)], plain):
+        assert torch.equal(ours.to_padded_tensor(0.0), theirs.to_padded_tensor(0.0))
+
+
+@pytest.mark.parametrize("width", [20, 24])
+def test_attention_under_autocast(width):
+    module = AttendsByTorch()
+    module.proj = nn.Identity()
+    x = torch.randn(2, 3, 10, width)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = module(x)
+        fastldm.apply(module, attention_classes=[AttendsByTorch])
+        result = module(x)
+    assert result.dtype == plain.dtype == torch.bfloat16
+    assert_as_accurate(result, AttendsByTorch.forward(module, x.double()), plain, terms=width * 10)
+
+
+class AttendsInside(nn.Module):
+    def forward(self, x):
+        return (lambda q: F.scaled_dot_product_attention(q, q, q))(x)
+
+
+def test_a_call_in_an_inner_function():
+    module = AttendsInside()
+    fastldm.apply(module, attention_classes=[AttendsInside])
+    with fastldm.record() as calls:
+        module(torch.randn(2, 3, 10, 24))
+    assert [call.op for call in calls.calls] == ["attention"]
+
+
+def test_a_call_behind_many_names():
+    """Whose numbers in the code take two bytes."""
+    names = "\n".join(f"    x.a{i} = 0" for i in range(300))
+    scope = {"nn": nn}
+    exec(
+        f"def forward(self, x):\n{names}\n    return nn.functional.scaled_dot_product_attention(x, x, x)",
+        scope,
+    )
+    cls = type("Many", (nn.Module,), {"forward": scope["forward"]})
+    assert len(fastldm.apply(cls(), attention_classes=[cls]).replaced) == 1
+
+
+def test_a_mask_that_is_causal_too_is_pytorchs_to_judge():
+    """Some versions take both, others refuse them."""
+    module = Attends(is_causal=True, attn_mask=torch.zeros(10, 10))
+    q = torch.randn(2, 3, 10, 24)
+
+    def outcome():
+        try:
+            return module(q).tolist()
+        except RuntimeError as error:
+            return str(error)
+
+    plain = outcome()
+    fastldm.apply(module, attention_classes=[Attends])
+    with fastldm.record() as calls:
+        assert outcome() == plain
+    assert "causal too" in calls.calls[0].fallback
+
+
+PADDING = torch.tensor([[False] * 6, [False] * 3 + [True] * 3])
+
+
+@pytest.mark.parametrize("masks", [{}, {"src_key_padding_mask": PADDING}], ids=["plain", "padding"])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_encoder_layer_past_the_fast_path_of_pytorch(norm_first, masks):
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=norm_first).eval()
+    x = torch.randn(2, 6, 32)
+    result, truth, plain, calls = both(layer, x, **masks)
+    assert [call.op for call in calls.calls] == ["attention"]
+    assert fastldm.verify(layer, x, **masks)
+    assert_as_accurate(result, truth, plain, terms=2 * 64)
+    (entry,) = fastldm.apply(layer, backend="reference").entries
+    assert entry.was == "TransformerEncoderLayer"
+    with torch.no_grad(), fastldm.record() as calls:
+        layer(x, **masks)
+    assert calls.backends() == {"attention": ["reference"]}
+
+
+def test_gradients_through_an_encoder_layer():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    fused, exact = copy.deepcopy(layer), copy.deepcopy(layer).double()
+    fastldm.apply(fused)
+    x = torch.randn(2, 6, 32)
+    for net, given in ((layer, x), (fused, x), (exact, x.double())):
+        net(given).pow(3).sum().backward()
+    for ours, truth, plain in zip(fused.parameters(), exact.parameters(), layer.parameters()):
+        assert_as_accurate(ours.grad, truth.grad, plain.grad, terms=2 * 6 * 64)
+
+
+def test_nested_tensors_go_to_pytorch():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, 6, 32)
+    with torch.no_grad():
+        plain = encoder(x, src_key_padding_mask=PADDING)
+        fastldm.apply(encoder)
+        with fastldm.record() as calls:
+            result = encoder(x, src_key_padding_mask=PADDING)
+    torch.testing.assert_close(result, plain)
+    assert len(calls.calls) == 2
+
+
+class Derived(nn.GroupNorm):
+    pass
+
+
+def test_a_class_derived_from_group_norm_is_listed():
+    (entry,) = fastldm.apply(nn.ModuleDict({"norm": Derived(2, 8)})).entries
+    assert (entry.path, entry.was) == ("norm", "Derived")
+    assert "derived from nn.GroupNorm" in entry.skipped
+
+
+class Inherits(Attends):
+    pass
+
+
+def test_a_forward_that_is_inherited_counts():
+    module, x = Inherits(), torch.randn(2, 3, 10, 24)
+    assert "attention_classes" in fastldm.apply(module).entries[0].skipped
+    fastldm.apply(module, attention_classes=Inherits)
+    with torch.no_grad(), fastldm.record() as calls:
+        module(x)
+    assert calls.backends().keys() == {"attention"}
+
+
+def test_layers_of_fastldm_are_not_listed():
+    model = nn.ModuleList([fastldm.nn.GroupNorm(2, 8), fastldm.nn.Attention(16, heads=2, dim_head=8)])
+    assert fastldm.apply(model).entries == []

@@ -119,7 +119,13 @@ def test_channels_last(unet, inputs):
 
 
 @pytest.mark.parametrize(
-    ("batch", "options"), [(2, {}), (64, {"up": True, "kernel": "sde_vp"}), (2, {"down": True})]
+    ("batch", "options"),
+    [
+        (2, {}),
+        (2, {"up": True, "kernel": "sde_vp"}),
+        (64, {"up": True, "kernel": "sde_vp"}),
+        (2, {"down": True}),
+    ],
 )
 def test_strides_of_a_residual_block(batch, options):
     block = ResnetBlock2D(in_channels=8, out_channels=16, temb_channels=None, groups=4, **options)
