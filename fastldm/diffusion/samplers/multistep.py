@@ -113,8 +113,8 @@ def sample_unipc(
 ) -> Tensor:
     """Walk x (B, ...) from pure noise to the sample by UniPC of order 2 with B2(h), one evaluation per step.
 
-    Zhao et al. 2023, algorithms 1 and 2. Each x is predicted, the denoiser evaluated there, and x corrected by
-    that before the next prediction. The first and last prediction are of first order. Where a callback
+    Zhao et al. 2023, algorithms 1 and 2: each x is predicted, the denoiser evaluated there, and x corrected
+    by that before the next prediction. The first and last prediction are of first order. Where a callback
     replaces x, the replacement is not corrected. Arguments as in `sample_dpmpp_2m`.
     """
     steps, levels = resolve(timesteps, sigmas, schedule)
