@@ -1,4 +1,4 @@
-"""PLMS, Euler, Heun, DPM-Solver++, UniPC and flow matching, step by step against diffusers' schedulers."""
+"""Whole walks of every sampler, step by step against diffusers' schedulers and closed forms."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -44,6 +46,7 @@ PEERS = {
     "dpmpp_2m": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
 }
+DISCRETE_PEERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "plms": PNDMScheduler}
 # diffusers' EulerAncestralDiscreteScheduler has no Karras levels.
 WITH_KARRAS = [
     pytest.param(sampler, karras, id=f"{sampler}-{'karras' if karras else 'plain'}")
@@ -161,24 +164,45 @@ def test_every_step_is_the_peer_s(sampler, kind, spacing, karras, count, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 20, 50])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 20, 50])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_every_plms_step_is_the_peer_s(kind, spacing, count, dtype):
-    """Spacing "trailing" only where the count divides 1000, as the peer steps down by 1000 // count."""
-    count = 8 if (count, spacing) == (3, "trailing") else count
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "plms"])
+def test_every_step_on_timesteps_of_training_is_the_peer_s(sampler, kind, spacing, count, dtype):
+    """Spacing "linspace" for DDPM alone: the other peers step down by 1000 // count, past its timesteps."""
+    if spacing == "linspace" and sampler != "ddpm":
+        spacing, count = "leading", {1: 3, 2: 7, 4: 9}.get(count, count)
     fields = {**STABLE_DIFFUSION, "prediction_type": kind, "timestep_spacing": spacing}
-    peer = PNDMScheduler(**fields, skip_prk_steps=True, set_alpha_to_one=False)
+    own = {"ddpm": {"clip_sample": False}, "ddim": {"clip_sample": False, "set_alpha_to_one": False}}
+    peer = DISCRETE_PEERS[sampler](**fields, **own.get(sampler, {"skip_prk_steps": True}))
     peer.set_timesteps(count)
     x = torch.randn(2, 3, 4, 4, dtype=dtype)
-    expected = peer_steps("plms", peer, x, denoiser=toy(kind))
-    if count > 1:
+    seeded = [torch.Generator().manual_seed(5) if sampler == "ddpm" else None for _ in range(2)]
+    expected = peer_steps(sampler, peer, x, seeded[0], toy(kind))
+    if sampler == "plms" and count > 1:
         del expected[0]
     schedule = NoiseSchedule(**fields, set_alpha_to_one=False)
-    ours = record("plms", x, schedule, noise_levels(schedule, "plms", count), denoiser=toy(kind))
+    levels = noise_levels(schedule, sampler, count)
+    ours = record(sampler, x, schedule, levels, seeded[1], denoiser=toy(kind))
     assert len(ours) == len(expected) == count
     for i, ((out, _), theirs) in enumerate(zip(ours, expected)):
         near(out, theirs, f"step {i}")
+
+
+@pytest.mark.parametrize("count", [2, 10, 20])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "unipc"])
+def test_a_walk_may_end_above_0(sampler, count):
+    peer = PEERS[sampler](
+        **{**STABLE_DIFFUSION, "timestep_spacing": "trailing"}, final_sigmas_type="sigma_min"
+    )
+    peer.set_timesteps(count)
+    schedule = NoiseSchedule(**{**STABLE_DIFFUSION, "timestep_spacing": "trailing"})
+    x, levels = torch.randn(2, 3, 4, 4), noise_levels(schedule, sampler, count)
+    levels.sigmas[-1] = ((1 - schedule.alphas_cumprod[0]) / schedule.alphas_cumprod[0]) ** 0.5
+    expected = peer_steps(sampler, peer, x)
+    for i, ((out, _), theirs) in enumerate(zip(record(sampler, x, schedule, levels), expected)):
+        near(out, theirs, f"step {i}")
+    assert i == count - 1
 
 
 def velocity(x, t):

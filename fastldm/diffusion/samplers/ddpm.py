@@ -29,7 +29,7 @@ from fastldm.diffusion.samplers.walk import (
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import InputError
 
-# Adams-Bashforth: the weights of the newest output first (Liu et al. 2022, eq. 12, and their lower orders).
+# Adams-Bashforth of order 1 to 4: the weights of the outputs, newest first.
 _ADAMS_BASHFORTH = (
     (1.0,),
     (3 / 2, -1 / 2),
@@ -101,7 +101,7 @@ def ddpm_step(
 def plms_step(
     model_outputs: Sequence[Tensor], t: int, prev_t: int, x: Tensor, schedule: NoiseSchedule
 ) -> SamplerStep:
-    """One pseudo linear multistep step from `t` to `prev_t` (Liu et al. 2022, eq. 11 and 12).
+    """One pseudo linear multistep step from `t` to `prev_t` (Liu et al. 2022, section 3).
 
     Args:
         model_outputs: those of this and up to three earlier steps, newest last. They are combined as they are

@@ -33,7 +33,7 @@ def dpmpp_2m_step(
     *,
     previous: Prediction | None = None,
 ) -> SamplerStep:
-    """One step of DPM-Solver++ 2M (Lu et al. 2022, algorithm 2).
+    """One step of DPM-Solver++ 2M (Lu et al. 2022b, arXiv 2211.01095, algorithm 2).
 
     Args:
         previous: `pred_original_sample` of the step before and its sigma. Without it, and for a step to 0,
