@@ -45,7 +45,7 @@ def check_fall(sigma: float, next_sigma: float) -> None:
 def towards(x0: Tensor, sigma: float, next_sigma: float, x: Tensor) -> Tensor:
     """x at `next_sigma` on the straight line from x at `sigma` to x0: the step of first order.
 
-    In the scale of the schedule that is DDIM at eta 0, Euler, and DPM-Solver++ of order 1 (Lu et al. 2022b).
+    That is DDIM at eta 0, Euler's step, and DPM-Solver++ of order 1 (Lu et al. 2022, arXiv 2211.01095).
     """
     check_fall(sigma, next_sigma)
     ratio, scale = next_sigma / sigma, _scale(next_sigma)

@@ -33,7 +33,7 @@ def dpmpp_2m_step(
     *,
     previous: Prediction | None = None,
 ) -> SamplerStep:
-    """One step of DPM-Solver++ 2M (Lu et al. 2022b, arXiv 2211.01095, algorithm 2).
+    """One step of DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
     Args:
         previous: `pred_original_sample` of the step before and its sigma. Without it, and for a step to 0,
@@ -115,7 +115,8 @@ def sample_unipc(
 
     Zhao et al. 2023, algorithms 1 and 2: each x is predicted, the denoiser evaluated there, and x corrected
     by that before the next prediction. The first and last prediction are of first order. Where a callback
-    replaces x, the replacement is not corrected. Arguments as in `sample_dpmpp_2m`.
+    returns another x, that one is not corrected; what it writes into x itself, the correction overwrites.
+    Arguments as in `sample_dpmpp_2m`.
     """
     steps, levels = resolve(timesteps, sigmas, schedule)
     history: list[Prediction] = []
