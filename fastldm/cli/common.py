@@ -14,6 +14,9 @@ from fastldm.errors import InputError
 if TYPE_CHECKING:
     from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 
+# Those of fastldm.diffusion.samplers, which is not imported for --help.
+SAMPLERS = ["ddim", "ddpm", "plms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc"]
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -25,7 +28,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-inference-steps", type=int, metavar="N", help="denoising steps (default: the model's)"
     )
-    parser.add_argument("--sampler", choices=["ddim", "ddpm"], help="default: the model's")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: the model's")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default: %(default)s)")
     parser.add_argument(
         "--backend",

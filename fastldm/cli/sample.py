@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eta", type=float, default=0.0, help="DDIM: 0 = deterministic, 1 = as noisy as DDPM"
     )
+    parser.add_argument(
+        "--karras",
+        action="store_true",
+        help="Karras spacing of noise levels (euler, heun, dpmpp_2m, unipc, ...)",
+    )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures per caption")
     parser.add_argument(
         "--out", default="sample.png", metavar="FILE", help="PNG to write (default: %(default)s)"
@@ -57,6 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
                 negative_prompt=arguments.negative_prompt,
                 num_images_per_prompt=arguments.num_images,
                 eta=arguments.eta,
+                karras=arguments.karras,
                 generator=torch.Generator().manual_seed(arguments.seed),
                 progress=sys.stderr.isatty(),
             ).images

@@ -1,16 +1,22 @@
-"""Classifier-free guidance (Ho and Salimans 2022): condition dropout in training, extrapolation after."""
+"""Guidance of any denoiser: classifier-free, by a classifier's or CLIP's gradient, and what tames it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import InputError
 
 Conditions = Mapping[str, Tensor | None]
+# (x, t) -> the model's output at x (B, ...) and timesteps t (B,).
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+# (x, t) -> the gradient at x of a log-probability, shaped like x.
+Gradient = Callable[[Tensor, Tensor], Tensor]
 
 
 def classifier_free(
@@ -23,8 +29,11 @@ def classifier_free(
 ) -> Denoiser:
     """Bind `model(x, t, **conditions)` to a denoiser (x, t) -> e_u + scale (e_c - e_u).
 
-    Both halves run as one batch of 2B in the order [unconditional, conditional]. At scale 1 the formula is
-    e_c, and the unconditional half is not computed.
+    Ho and Salimans 2022, eq. 6, whose w is scale - 1. The output may be noise, x0 or velocity: each is the
+    same affine function of the noise in both halves, so guiding one guides all alike. Both halves run as one
+    batch of 2B in the order [unconditional, conditional]. At scale 1 the formula is e_c, and the
+    unconditional half is not computed. Output channels beyond those of x, a learned variance, are the
+    conditional half's.
 
     Args:
         conditions, null_conditions: keyword arguments of the model, tensors (B, ...) or None; same keys,
@@ -32,23 +41,34 @@ def classifier_free(
         rescale: strength in [0, 1] of `rescale_guidance`; 0 = off.
 
     Raises:
-        InputError: if `rescale` is outside [0, 1], or a scale other than 1 comes without null conditions.
+        InputError: if `scale` is not finite, `rescale` is outside [0, 1], a scale other than 1 comes without
+            null conditions, or the two kinds of conditions do not match.
     """
+    scale = finite("guidance scale", scale)
     if not 0 <= rescale <= 1:
         raise InputError(f"guidance_rescale={rescale}: use a value between 0 and 1")
     if scale == 1:
         return lambda x, t: model(x, t, **conditions)
     if null_conditions is None:
         raise InputError(f"guidance scale {scale} needs null conditions; give them, or use scale 1")
+    for name in sorted({*conditions, *null_conditions}):
+        found, null = (_shape(kind.get(name)) for kind in (conditions, null_conditions))
+        if found != null:
+            raise InputError(f"condition {name!r} is {found}, but its null condition {null}: give them alike")
     both = {
         key: None if value is None else torch.cat([null_conditions[key], value])
         for key, value in conditions.items()
     }
 
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        unconditional, conditional = model(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
+        output = model(torch.cat([x, x]), torch.cat([t, t]), **both)
+        rest = None
+        if x.ndim > 1 and output.shape[1] > x.shape[1]:
+            output, rest = output[:, : x.shape[1]], output.chunk(2)[1][:, x.shape[1] :]
+        unconditional, conditional = output.chunk(2)
         guided = unconditional + scale * (conditional - unconditional)
-        return rescale_guidance(guided, conditional, rescale) if rescale > 0 else guided
+        guided = rescale_guidance(guided, conditional, rescale) if rescale > 0 else guided
+        return guided if rest is None else torch.cat([guided, rest], dim=1)
 
     return denoiser
 
@@ -61,6 +81,158 @@ def rescale_guidance(guided: Tensor, conditional: Tensor, strength: float) -> Te
     dims = tuple(range(1, guided.ndim))
     ratio = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
     return strength * (guided * ratio) + (1 - strength) * guided
+
+
+def dynamic_threshold(x0: Tensor, ratio: float = 0.995, max_value: float = 1.0) -> Tensor:
+    """Clip each x0 (B, ...) to a quantile of its own |x0|, and divide by it (Saharia et al. 2022, 2.3).
+
+    Args:
+        ratio: the quantile, in [0, 1].
+        max_value: the largest number that a sample is clipped to and divided by, above 0. The smallest is 1
+            where that is larger, so that a sample within [-1, 1] stays as it is.
+
+    Raises:
+        InputError: for a ratio or max_value outside its range.
+    """
+    if not 0 <= ratio <= 1 or not max_value > 0:
+        raise InputError(
+            f"dynamic thresholding with ratio={ratio}, max_value={max_value}: use a ratio in [0, 1] and a "
+            "max_value above 0"
+        )
+    flat = x0.flatten(1).to(torch.promote_types(x0.dtype, torch.float32))
+    limit = torch.quantile(flat.abs(), ratio, dim=1, keepdim=True).clamp(min=1, max=max_value)
+    return (flat.clamp(-limit, limit) / limit).reshape(x0.shape).to(x0.dtype)
+
+
+def score_gradient(score: Callable[[Tensor, Tensor], Tensor]) -> Gradient:
+    """(x, t) -> the gradient at x of score(x, t), (B,), one number per sample.
+
+    Works under `torch.no_grad` and `torch.inference_mode`, where samplers run; the result carries no graph.
+
+    Raises:
+        InputError: on a call, if the score is not (B,) or does not depend on x.
+    """
+
+    def gradient(x: Tensor, t: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
+            value = score(x, t.clone())
+            if value.shape != x.shape[:1]:
+                raise InputError(
+                    f"the score is {tuple(value.shape)}: give one number per sample, ({len(x)},)"
+                )
+            found = None
+            if value.requires_grad:
+                (found,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+            if found is None:
+                raise InputError(
+                    "the score does not depend on x: compute it from x, without detach or no_grad"
+                )
+        return found
+
+    return gradient
+
+
+def classifier_gradient(classifier: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Gradient:
+    """(x, t) -> the gradient of log p(label | x_t) (Dhariwal and Nichol 2021, section 4.1).
+
+    Args:
+        classifier: (x, t) -> logits (B, classes), of noisy x.
+        labels: int64 (B,).
+
+    Raises:
+        InputError: for labels that are not whole numbers; on a call, for as many as x does not have samples,
+            or for one the classifier does not know.
+    """
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise InputError(f"labels are {labels.dtype} {tuple(labels.shape)}: give int64 (B,)")
+    with torch.inference_mode(False):
+        labels = labels.clone()
+
+    def log_probability(x: Tensor, t: Tensor) -> Tensor:
+        logits = classifier(x, t)
+        if logits.ndim != 2 or len(labels) != len(logits):
+            raise InputError(
+                f"logits {tuple(logits.shape)} for {len(labels)} labels: the classifier must give "
+                "(B, classes), and there must be one label per sample"
+            )
+        if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
+            raise InputError(
+                f"labels {labels.min().item()} to {labels.max().item()} for {logits.shape[1]} classes: "
+                f"use 0 to {logits.shape[1] - 1}"
+            )
+        index = labels.to(logits.device, torch.int64)[:, None]
+        return logits.log_softmax(dim=1).gather(1, index)[:, 0]
+
+    return score_gradient(log_probability)
+
+
+def clip_gradient(
+    image_encoder: Callable[[Tensor, Tensor], Tensor], text_features: Tensor, logit_scale: float | Tensor
+) -> Gradient:
+    """(x, t) -> the gradient of exp(logit_scale) f(x_t) . g(caption), both normalised.
+
+    CLIP guidance: Nichol et al. 2022 (GLIDE), section 2.4.
+
+    Args:
+        image_encoder: (x, t) -> features (B, E), of noisy x ("noised CLIP").
+        text_features: (B, E), or (1, E) for one caption.
+        logit_scale: the logarithm of the temperature's inverse, as CLIP's checkpoints hold it.
+
+    Raises:
+        InputError: for a logit_scale that is not finite; on a call, for features of other shapes.
+    """
+    factor = math.exp(finite("logit_scale", logit_scale))
+    with torch.inference_mode(False):
+        text = F.normalize(text_features.detach().clone(), dim=-1)
+
+    def similarity(x: Tensor, t: Tensor) -> Tensor:
+        image = F.normalize(image_encoder(x, t), dim=-1)
+        if text.ndim != 2 or image.shape != (len(x), text.shape[1]) or len(text) not in (1, len(x)):
+            raise InputError(
+                f"image features {tuple(image.shape)}, text features {tuple(text.shape)}: need (B, E) of one "
+                f"width for the {len(x)} samples, or text features (1, E)"
+            )
+        return factor * (image * text.to(image.device, image.dtype)).sum(dim=-1)
+
+    return score_gradient(similarity)
+
+
+def gradient_guided(
+    denoiser: Denoiser, gradient: Gradient, scale: float, schedule: NoiseSchedule
+) -> Denoiser:
+    """A denoiser whose noise is eps - scale sqrt(1 - abar_t) gradient(x, t): guidance for any sampler.
+
+    The score form of Dhariwal and Nichol 2021, algorithm 2, as for DDIM. For x0 and velocity it is what that
+    change of the noise makes of them. For DDPM's mean form, give `sample_ddpm` the gradient instead.
+
+    Args:
+        denoiser: of the schedule's `prediction_type`.
+        gradient: `classifier_gradient`, `clip_gradient`, or any other.
+
+    Raises:
+        InputError: if `scale` is not finite, or the schedule ends at zero SNR, where noise and x do not give
+            x0 and the score form does not exist.
+    """
+    scale = finite("guidance scale", scale)
+    if bool((schedule.alphas_cumprod == 0).any()):
+        raise InputError(
+            "gradient guidance with a schedule of zero terminal SNR is not defined at its last timestep: "
+            "use classifier-free guidance, or rescale_betas_zero_snr=False"
+        )
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = schedule.alpha_bar(x, t)
+        alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        factor = {
+            "epsilon": -sigma,
+            "sample": sigma**2 / alpha,
+            "v_prediction": -sigma / alpha,
+        }[schedule.prediction_type]
+        output = denoiser(x, t)
+        return output + (scale * factor * gradient(x, t)).to(output.dtype)
+
+    return guided
 
 
 def drop_condition(
@@ -77,3 +249,15 @@ def drop_condition(
     draws = torch.rand(condition.shape[0], generator=generator, device=device)
     drop = (draws < probability).to(condition.device).reshape(-1, *[1] * (condition.ndim - 1))
     return torch.where(drop, null.to(condition.device), condition)
+
+
+def finite(name: str, value: float | Tensor) -> float:
+    """`value` as a float, which must be finite."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise InputError(f"{name}={number}: give a finite number, such as 2.0")
+    return number
+
+
+def _shape(condition: Tensor | None) -> tuple[int, ...] | None:
+    return None if condition is None else tuple(condition.shape)

@@ -1,6 +1,6 @@
 """What a denoiser predicts: the noise, the clean sample or the velocity, and how one gives the others.
 
-All functions take abar_t as a tensor that broadcasts against the samples (a scalar, or (B, 1, 1, 1)).
+All functions take abar_t as a number, or as a tensor that broadcasts against the samples ((B, 1, 1, 1)).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fastldm.errors import ConfigError
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
-def target(x0: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+def target(x0: Tensor, noise: Tensor, alpha_bar: Tensor | float, prediction_type: str) -> Tensor:
     """The training target for x_t = sqrt(abar) x0 + sqrt(1 - abar) noise, in x0's dtype."""
     if prediction_type == "epsilon":
         return noise
@@ -23,7 +23,7 @@ def target(x0: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -
     raise _unknown(prediction_type)
 
 
-def to_x0(model_output: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+def to_x0(model_output: Tensor, x_t: Tensor, alpha_bar: Tensor | float, prediction_type: str) -> Tensor:
     """The clean sample that `model_output` at x_t stands for. Infinite for epsilon at abar = 0 (zero SNR)."""
     if prediction_type == "epsilon":
         return (x_t - (1 - alpha_bar) ** 0.5 * model_output) / alpha_bar**0.5
@@ -34,7 +34,7 @@ def to_x0(model_output: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type:
     raise _unknown(prediction_type)
 
 
-def to_eps(model_output: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+def to_eps(model_output: Tensor, x_t: Tensor, alpha_bar: Tensor | float, prediction_type: str) -> Tensor:
     """The noise that `model_output` at x_t stands for."""
     if prediction_type == "epsilon":
         return model_output

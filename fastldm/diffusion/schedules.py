@@ -211,24 +211,34 @@ class NoiseSchedule:
             config["trained_betas"] = [float(beta) for beta in self.trained_betas]
         return {"_class_name": class_name, **config}
 
-    def _alpha_bar(self, like: Tensor, t: Tensor) -> Tensor:
-        """abar_t, shaped to broadcast against `like` (B, ...), in at least float32."""
-        alpha_bar = self.alphas_cumprod.to(t.device)[t]
+    def alpha_bar(self, like: Tensor, t: Tensor) -> Tensor:
+        """abar_t, shaped to broadcast against `like` (B, ...), in at least float32.
+
+        t (B,) int64, or float for timesteps in between, where sigma = sqrt(1 / abar - 1) is linear in t.
+        """
+        alphas_cumprod = self.alphas_cumprod.to(t.device)
+        if t.is_floating_point():
+            below = t.floor().long()
+            above = (below + 1).clamp(max=self.num_train_timesteps - 1)
+            low, high = ((1 / alphas_cumprod[i].double() - 1) ** 0.5 for i in (below, above))
+            alpha_bar = 1 / (1 + torch.lerp(low, high, t.double() - below) ** 2)
+        else:
+            alpha_bar = alphas_cumprod[t]
         alpha_bar = alpha_bar.to(like.device, torch.promote_types(like.dtype, torch.float32))
         return alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise. x0, noise (B, ...), t int64 (B,) -> x0's dtype."""
-        alpha_bar = self._alpha_bar(x0, t)
+        alpha_bar = self.alpha_bar(x0, t)
         return (alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise).to(x0.dtype)
 
     def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """v_t = sqrt(abar_t) noise - sqrt(1 - abar_t) x0 (Salimans and Ho 2022). Shapes as in `add_noise`."""
-        return predictions.target(x0, noise, self._alpha_bar(x0, t), "v_prediction")
+        return predictions.target(x0, noise, self.alpha_bar(x0, t), "v_prediction")
 
     def training_target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the denoiser must output at (x_t, t) under `prediction_type`. Shapes as in `add_noise`."""
-        return predictions.target(x0, noise, self._alpha_bar(x0, t), self.prediction_type)
+        return predictions.target(x0, noise, self.alpha_bar(x0, t), self.prediction_type)
 
     def timesteps(
         self, num_inference_steps: int, spacing: str | None = None, steps_offset: int | None = None

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastldm.diffusion.guidance import Denoiser, classifier_free
-from fastldm.diffusion.samplers import SAMPLERS, Generators, randn
+from fastldm.diffusion.samplers import DRAWING, SAMPLERS, Generators, noise_levels, randn
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
 from fastldm.io import atomic_write
@@ -74,7 +74,7 @@ class LatentDiffusionPipeline:
         unet: the denoiser; its `cross_attention_dim` and `in_channels` must fit the other two.
         schedule: the noise schedule, prediction type and timestep spacing.
         scaling_factor: multiplies first-stage latents; None = the first stage's own `scaling_factor`.
-        sampler: "ddim" or "ddpm", what a call uses by default.
+        sampler: what a call uses by default, a name of `fastldm.diffusion.samplers.SAMPLERS`.
         defaults: `num_inference_steps` and `guidance_scale` a call uses by default; stored with the model.
 
     Raises:
@@ -226,6 +226,7 @@ class LatentDiffusionPipeline:
         guidance_rescale: float = 0.0,
         sampler: str | None = None,
         progress: bool = True,
+        karras: bool = False,
     ) -> ImagePipelineOutput | tuple:
         """Make pictures.
 
@@ -240,10 +241,12 @@ class LatentDiffusionPipeline:
             latents: the first noise (B, C, height / factor, width / factor) instead of a drawn one.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called with (pipeline, step, timestep, {"latents": x}); may return a mapping
-                whose "latents" replace x.
+                whose "latents" replace x. A timestep between those of training is a float.
             guidance_rescale: strength in [0, 1] of the rescaling of Lin et al. 2023, section 3.4.
-            sampler: "ddim" or "ddpm"; None = the model's own.
+            sampler: "ddim", "ddpm", "plms", "euler", "euler_ancestral", "heun", "dpmpp_2m" or "unipc"; None =
+                the model's own. "heun" evaluates the UNet 2 N - 1 times in N steps, "plms" N + 1 times.
             progress: show a progress bar.
+            karras: noise levels spaced after Karras et al. 2022; not for "ddim", "ddpm" and "plms".
 
         Raises:
             InputError: for anything that cannot be used, before sampling starts.
@@ -254,7 +257,7 @@ class LatentDiffusionPipeline:
             raise InputError(f"guidance_scale={scale!r} must be a finite number, such as 2.0")
         sampler = sampler or self.sampler
         self._check_call(output_type, sampler, eta, num_images_per_prompt)
-        timesteps = self.schedule.timesteps(steps)
+        levels = noise_levels(self.schedule, sampler, steps, karras=karras)
 
         with self._evaluating():
             condition, null = self._prepare(prompt, negative_prompt, scale)
@@ -272,7 +275,7 @@ class LatentDiffusionPipeline:
             )
             x = self._first_noise(shape, generator, latents)
 
-            def callback(i: int, t: int, x: Tensor, x0: Tensor) -> Tensor | None:
+            def callback(i: int, t: float, x: Tensor, x0: Tensor) -> Tensor | None:
                 changed = callback_on_step_end(self, i, t, {"latents": x})
                 return None if changed is None else changed.get("latents")
 
@@ -280,10 +283,11 @@ class LatentDiffusionPipeline:
                 denoiser,
                 x,
                 self.schedule,
-                timesteps,
-                generator=generator,
+                levels.timesteps,
                 callback=None if callback_on_step_end is None else callback,
                 progress=progress,
+                **({} if levels.sigmas is None else {"sigmas": levels.sigmas}),
+                **({"generator": generator} if sampler in DRAWING else {}),
                 **({"eta": eta} if sampler == "ddim" else {}),
             )
             images = self._finish(x, output_type)
@@ -387,13 +391,15 @@ class LatentDiffusionPipeline:
 
         A text-conditioned one is laid out as diffusers' LDMTextToImagePipeline, which loads it (and makes the
         same pictures where the first stage shrinks by 8 and the text window is 77: that class assumes both).
+        The scheduler is written as a DDIM or DDPM one, and another sampler's name beside it.
         """
         text = isinstance(self.conditioner, TextConditioner)
-        scheduler = _SCHEDULERS[self.sampler]
+        scheduler = _SCHEDULERS.get(self.sampler, "DDIMScheduler")
         index = {
             "_class_name": "LDMTextToImagePipeline" if text else type(self).__name__,
             # diffusers skips what begins with an underscore.
             "_defaults": self.defaults,
+            **({} if self.sampler in _SCHEDULERS else {"_sampler": self.sampler}),
         }
         with folders.writing_pipeline(path, index) as folder:
             for name, part in self.components.items():
@@ -455,6 +461,7 @@ class LatentDiffusionPipeline:
             schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
             scheduler = folders.part_class(index, "scheduler")
             sampler = next((name for name, peer in _SCHEDULERS.items() if peer == scheduler), "ddim")
+            sampler = index.get("_sampler", sampler)
             return cls(
                 first_stage, conditioner, unet, schedule, sampler=sampler, defaults=index.get("_defaults")
             )

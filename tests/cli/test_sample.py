@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from fastldm import dispatch
-from fastldm.cli import main
+from fastldm.cli import common, main
+from fastldm.diffusion.samplers import SAMPLERS
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 
 CAPTION = "a large red circle at the top left"
@@ -72,7 +73,8 @@ def test_flags_reach_the_pipeline(sample, monkeypatch):
         *["--eta", "1", "--negative-prompt", "a blue star", "--num-images", "2", "--seed", "7"],
     )
     sample(CAPTION, "--sampler", "ddpm")
-    plain, told, ddpm = calls
+    sample(CAPTION, "--sampler", "dpmpp_2m", "--karras")
+    plain, told, ddpm, karras = calls
     assert plain["prompt"] == told["prompt"] == [CAPTION]
     assert (plain["guidance_scale"], told["guidance_scale"]) == (None, 1.5)
     assert (plain["num_inference_steps"], told["num_inference_steps"]) == (None, 3)
@@ -80,7 +82,12 @@ def test_flags_reach_the_pipeline(sample, monkeypatch):
     assert (plain["negative_prompt"], told["negative_prompt"]) == (None, "a blue star")
     assert (plain["num_images_per_prompt"], told["num_images_per_prompt"]) == (1, 2)
     assert told["generator"].initial_seed() == 7
+    assert (karras["sampler"], karras["karras"], plain["karras"]) == ("dpmpp_2m", True, False)
     assert (plain["sampler"], told["sampler"], ddpm["sampler"]) == ("ddim", "ddim", "ddpm")
+
+
+def test_the_flag_offers_every_sampler():
+    assert list(SAMPLERS) == common.SAMPLERS
 
 
 def test_a_backend_that_is_named_is_used(sample, capsys):

@@ -173,3 +173,12 @@ def test_a_config_of_2022_loads():
 def test_unusable_configs_are_refused(config, said):
     with pytest.raises(ConfigError, match=said):
         NoiseSchedule.from_config(config)
+
+
+def test_abar_between_timesteps_has_its_sigma_on_the_line():
+    schedule = NoiseSchedule.scaled_linear()
+    alpha_bar = schedule.alpha_bar(torch.zeros(3, 2, 2), torch.tensor([0.0, 600.25, 999.0]))
+    assert alpha_bar.shape == (3, 1, 1)
+    sigmas = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod) ** 0.5
+    expected = torch.stack([sigmas[0], 0.75 * sigmas[600] + 0.25 * sigmas[601], sigmas[999]])
+    torch.testing.assert_close(((1 - alpha_bar) / alpha_bar).flatten() ** 0.5, expected, atol=0, rtol=1e-5)

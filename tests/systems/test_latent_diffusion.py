@@ -5,9 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import LDMTextToImagePipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    LDMTextToImagePipeline,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 from fastldm.diffusion import NoiseSchedule
+from fastldm.diffusion.samplers import SAMPLERS
 from fastldm.errors import ConfigError, InputError
 from fastldm.models import ClassConditioner, SpatialConditioner
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline, scale_from_batch
@@ -47,7 +53,39 @@ def test_the_peer_s_noise_is_ours(pipeline, tmp_path):
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"sampler": "ddim", "eta": 0.7}, {"sampler": "ddpm"}])
+@pytest.mark.parametrize(
+    ("sampler", "peer_class", "options"),
+    [
+        ("plms", PNDMScheduler, {"skip_prk_steps": True}),
+        ("dpmpp_2m", DPMSolverMultistepScheduler, {}),
+        ("dpmpp_2m", DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+        ("unipc", UniPCMultistepScheduler, {}),
+        ("unipc", UniPCMultistepScheduler, {"use_karras_sigmas": True}),
+    ],
+)
+def test_another_sampler_s_picture_is_the_peer_s(pipeline, latents, sampler, peer_class, options, tmp_path):
+    ours = pipeline()
+    ours.save_pretrained(tmp_path)
+    peer = LDMTextToImagePipeline.from_pretrained(tmp_path)
+    peer.set_progress_bar_config(disable=True)
+    peer.scheduler = peer_class.from_config(peer.scheduler.config, **options)
+    arguments = {"prompt": "a star", "guidance_scale": 3.0, **PEER_CALL, "num_inference_steps": 5}
+    wanted = peer(latents=latents(1), **arguments).images
+    karras = "use_karras_sigmas" in options
+    found = ours(latents=latents(1), sampler=sampler, karras=karras, progress=False, **arguments).images
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert (found - ours(latents=latents(1), progress=False, **arguments).images).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "ddim", "eta": 0.7},
+        *({"sampler": name} for name in SAMPLERS if name != "ddim"),
+        *({"sampler": name, "karras": True} for name in ("euler", "euler_ancestral", "heun")),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
 def test_a_seed_gives_one_picture_whatever_the_batch(pipeline, options):
     pipe = pipeline()
     prompts = ["a red circle", "a star", "circle"]
@@ -216,7 +254,8 @@ def test_scale_from_batch_brings_latents_to_unit_deviation():
         ({"num_images_per_prompt": 0}, "at least one"),
         ({"eta": 1.5}, "eta is 0 to 1"),
         ({"eta": 0.5, "sampler": "ddpm"}, "0 for any other"),
-        ({"sampler": "plms"}, "ddim, ddpm"),
+        ({"sampler": "plmz"}, "ddim, ddpm, plms"),
+        ({"sampler": "plms", "karras": True}, "karras=True with sampler 'plms'"),
         ({"output_type": "jpg"}, "pil, np, pt, latent"),
         ({"generator": seeds(1, 2)}, "2 generators for 1 pictures"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, r"\(1, 4, 4, 4\); this call needs \(1, 4, 8, 8\)"),
@@ -247,7 +286,7 @@ def test_parts_that_do_not_fit_are_refused(pipeline):
     with pytest.raises(ConfigError, match="no cross-attention, but the condition gives a context"):
         LatentDiffusionPipeline(pipe.first_stage, pipe.conditioner, unseeing, NoiseSchedule.linear())
     for wrong, said in (
-        ({"sampler": "plms"}, "ddim, ddpm"),
+        ({"sampler": "plmz"}, "ddim, ddpm, plms"),
         ({"defaults": {"steps": 3}}, "num_inference_steps"),
         ({"defaults": {"num_inference_steps": 2.5}}, "whole number from 1, got 2.5"),
         ({"defaults": {"guidance_scale": None}}, "finite number, got None"),

@@ -76,6 +76,17 @@ def test_the_ddpm_sampler_comes_back(pipeline, tmp_path):
     assert back.schedule.to_config("DDPMScheduler") == schedule.to_config("DDPMScheduler")
 
 
+def test_a_sampler_that_is_no_scheduler_class_comes_back(pipeline, tmp_path):
+    pipe = pipeline(sampler="dpmpp_2m")
+    pipe.save_pretrained(tmp_path)
+    assert LatentDiffusionPipeline.from_pretrained(tmp_path).sampler == "dpmpp_2m"
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_sampler": "dpm"}))
+    with pytest.raises(CheckpointError, match="sampler='dpm' is not offered"):
+        LatentDiffusionPipeline.from_pretrained(tmp_path)
+
+
 def test_half_size_export(saved, tmp_path):
     pipe = LatentDiffusionPipeline.from_pretrained(saved)
     pipe.save_pretrained(tmp_path / "half", dtype=torch.float16)

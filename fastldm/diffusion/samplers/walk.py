@@ -1,0 +1,150 @@
+"""What all samplers share: noise, the walk down the noise levels, and the checks before it starts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastldm.diffusion.guidance import Denoiser, dynamic_threshold
+from fastldm.diffusion.schedules import NoiseSchedule
+from fastldm.errors import InputError
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+# callback(step, timestep, x after the step, predicted x0) -> a replacement for x, or None to go on.
+Callback = Callable[[int, float, Tensor, Tensor], Tensor | None]
+Timesteps = Tensor | Sequence[float]
+
+
+class SamplerStep(NamedTuple):
+    """prev_sample: x at the next timestep of the walk; pred_original_sample: the x0 this step believed in."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+def randn(
+    shape: Sequence[int],
+    generator: Generators = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Normal noise of `shape` (B, ...).
+
+    A list of generators, one per sample, makes each sample's noise its own, whatever the batch it stands in.
+    The draw happens on the generator's device, so that a CPU generator gives the same numbers everywhere.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        source = device if generator is None else generator.device
+        return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
+    if len(generator) != shape[0]:
+        raise InputError(
+            f"{len(generator)} generators for a batch of {shape[0]}: give one per sample, or a single one"
+        )
+    rows = [torch.randn((1, *shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generator]
+    return torch.cat(rows).to(device)
+
+
+def evaluate(denoiser: Denoiser, x: Tensor, t: float) -> Tensor:
+    """The denoiser's output at timestep t: int64 (B,) for a whole one, float32 (B,) for a fractional one."""
+    dtype = torch.int64 if isinstance(t, int) else torch.float32
+    output = denoiser(x, torch.full((x.shape[0],), t, dtype=dtype, device=x.device))
+    if output.shape != x.shape:
+        raise InputError(
+            f"the denoiser gave {tuple(output.shape)} for x {tuple(x.shape)}: it must keep the shape; "
+            "split a learned variance off first"
+        )
+    return output
+
+
+def walk(
+    step: Callable[[int, Tensor], SamplerStep],
+    x: Tensor,
+    timesteps: Sequence[float],
+    callback: Callback | None,
+    progress: bool,
+) -> Tensor:
+    """Apply step(i, x) for every timestep, in order."""
+    if not x.is_floating_point():
+        raise InputError(f"x is {x.dtype}: give noise in a floating dtype, such as float32")
+    for i, t in enumerate(tqdm(timesteps, desc="sampling", disable=not progress)):
+        x, x0 = step(i, x)
+        if callback is not None:
+            replacement = callback(i, t, x, x0)
+            x = x if replacement is None else replacement
+    return x
+
+
+def whole_timesteps(timesteps: Timesteps, schedule: NoiseSchedule) -> list[int]:
+    """The timesteps as a list, for a sampler that only knows those of training."""
+    steps = falling_timesteps(timesteps, schedule)
+    if any(t != int(t) for t in steps):
+        raise InputError(f"timesteps {_shown(steps)} are fractional: this sampler takes whole ones")
+    return [int(t) for t in steps]
+
+
+def falling_timesteps(timesteps: Timesteps, schedule: NoiseSchedule, *, strictly: bool = True) -> list[float]:
+    """The timesteps as a list of int or float.
+
+    Raises:
+        InputError: if there is none, one is outside 0 ... num_train_timesteps - 1, or they do not fall.
+    """
+    steps = timesteps.tolist() if isinstance(timesteps, Tensor) else [_number(t) for t in timesteps]
+    last = schedule.num_train_timesteps - 1
+    if not steps:
+        raise InputError("there are no timesteps: give at least one, such as schedule.timesteps(50)")
+    if not all(0 <= t <= last for t in steps):
+        raise InputError(f"timesteps {_shown(steps)}: each must be in 0 to {last}")
+    if any(b > a or (strictly and b == a) for a, b in itertools.pairwise(steps)):
+        raise InputError(f"timesteps {_shown(steps)} must fall: give them from noise to sample")
+    return steps
+
+
+def falling_sigmas(sigmas: Tensor | Sequence[float], count: int | None = None) -> list[float]:
+    """The noise levels of `count` steps, one more than that, as a list of floats.
+
+    Raises:
+        InputError: for a wrong number of them, one that is not finite or below 0, or ones that do not fall.
+    """
+    levels = [float(sigma) for sigma in sigmas]
+    if len(levels) < 2 or (count is not None and len(levels) != count + 1):
+        wanted = "at least 2" if count is None else f"{count + 1} for {count} timesteps"
+        raise InputError(f"{len(levels)} sigmas: give {wanted}, the last being where the walk ends (0)")
+    if not all(0 <= sigma < math.inf for sigma in levels):
+        raise InputError(f"sigmas {_shown(levels)}: each must be finite and not below 0")
+    if any(b >= a for a, b in itertools.pairwise(levels)):
+        raise InputError(f"sigmas {_shown(levels)} must fall: give them from noise to sample")
+    return levels
+
+
+def needed_noise(noise: Tensor | None, x: Tensor) -> Tensor:
+    """`noise`, which this step cannot do without."""
+    if noise is None or noise.shape != x.shape:
+        found = "none" if noise is None else tuple(noise.shape)
+        raise InputError(f"noise: got {found}; this step needs normal noise shaped like x, {tuple(x.shape)}")
+    return noise
+
+
+def bound(x0: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Keep the predicted x0 in range, by dynamic thresholding or clipping, as the schedule says."""
+    if schedule.thresholding:
+        return dynamic_threshold(x0, schedule.dynamic_thresholding_ratio, schedule.sample_max_value)
+    if schedule.clip_sample:
+        return x0.clamp(-schedule.clip_sample_range, schedule.clip_sample_range)
+    return x0
+
+
+def _number(t: float | Tensor) -> float:
+    value = t.item() if isinstance(t, Tensor) else t
+    return value if isinstance(value, int) else float(value)
+
+
+def _shown(values: Sequence[float]) -> str:
+    text = ", ".join(f"{value:g}" for value in values[:6])
+    return f"{text}, ..." if len(values) > 6 else text
