@@ -7,6 +7,12 @@ import importlib
 _NAMES = {
     "AutoencoderKL": "fastldm.models.autoencoder_kl",
     "AutoencoderKLOutput": "fastldm.models.autoencoder_kl",
+    "CLIPModel": "fastldm.models.clip",
+    "CLIPOutput": "fastldm.models.clip",
+    "CLIPTextModel": "fastldm.models.clip_towers",
+    "CLIPTokenizer": "fastldm.models.clip_tokenizer",
+    "CLIPTowerOutput": "fastldm.models.clip_towers",
+    "CLIPVisionModel": "fastldm.models.clip_towers",
     "ClassConditioner": "fastldm.models.conditioners",
     "Conditioning": "fastldm.models.conditioners",
     "DecoderOutput": "fastldm.models.autoencoder_blocks",
