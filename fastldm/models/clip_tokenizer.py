@@ -1,6 +1,6 @@
 """CLIP's captions to token ids: lower-cased byte-level byte-pair encoding (Radford et al. 2021, section 2.4).
 
-A word's last symbol ends in `</w>`. Every text is <|startoftext|>, its tokens, <|endoftext|>, and padding. Ids
+A word ends in a symbol with `</w>`. A text is <|startoftext|>, its tokens, <|endoftext|>, and padding. Ids
 are those of transformers' CLIPTokenizer.
 """
 
@@ -10,7 +10,9 @@ import gzip
 import json
 import os
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +74,16 @@ class CLIPTokenizer:
         cls, captions: Iterable[str], max_length: int = 77, *, merges: int = 1024
     ) -> CLIPTokenizer:
         """A tokenizer that learns at most so many `merges` from `captions`, with OpenAI's order of ids: the
-        bytes, the bytes that end a word, the merged tokens, start and end of text."""
-        from tokenizers import trainers
-
+        bytes, the bytes that end a word, the merged tokens, start and end of text. The same captions give
+        the same tokenizer."""
         first = _byte_tokens()
-        learner = _backend({token: i for i, token in enumerate((*first, BOS, EOS))}, [])
-        trainer = trainers.BpeTrainer(
-            vocab_size=len(first) + merges,
-            initial_alphabet=first[:256],
-            end_of_word_suffix=END_OF_WORD,
-            show_progress=False,
-        )
-        learner.train_from_iterator(captions, trainer)
-        learned = json.loads(learner.to_str())["model"]["merges"]
-        return cls(*_numbered(first, [tuple(pair) for pair in learned[:merges]]), max_length)
+        splitter = _backend(_numbered(first, []), [])
+        words: Counter[str] = Counter()
+        for caption in captions:
+            text = splitter.normalizer.normalize_str(caption)
+            words.update(piece for piece, _ in splitter.pre_tokenizer.pre_tokenize_str(text))
+        learned = _learn_merges(words, merges)
+        return cls(_numbered(first, learned), learned, max_length)
 
     @classmethod
     def from_openai(cls, path: str | os.PathLike, max_length: int = 77) -> CLIPTokenizer:
@@ -100,7 +98,8 @@ class CLIPTokenizer:
         except (OSError, EOFError, ValueError) as error:
             raise CheckpointError(f"cannot read the merges in {path}: {error}") from error
         merges = _parse_merges(text.split("\n")[1 : _OPENAI_MERGES + 1], path)
-        return cls(*_numbered(_byte_tokens(), merges), max_length, pad_token=_byte_tokens()[0])
+        first = _byte_tokens()
+        return cls(_numbered(first, merges), merges, max_length, pad_token=first[0])
 
     @property
     def vocab_size(self) -> int:
@@ -252,12 +251,58 @@ def _byte_tokens() -> list[str]:
     return letters + [letter + END_OF_WORD for letter in letters]
 
 
-def _numbered(
-    first: Sequence[str], merges: Sequence[tuple[str, str]]
-) -> tuple[dict[str, int], Sequence[tuple[str, str]]]:
-    """The vocabulary of `first`, what `merges` make, start and end of text, in this order; and the merges."""
+def _learn_merges(words: Mapping[str, int], most: int) -> list[tuple[str, str]]:
+    """Merge the commonest pair of neighbours, again and again (Sennrich et al. 2016, algorithm 1).
+
+    Of equally common pairs the first in alphabetical order is merged, so that the same words always give the
+    same merges: the trainer of `tokenizers` goes by the order of a hash table.
+
+    Args:
+        words: how often each word, in letters for bytes, occurs.
+        most: of the merges; there are fewer where every word is one symbol before.
+    """
+    spelt = [([*word[:-1], word[-1] + END_OF_WORD], words[word]) for word in sorted(words)]
+    counts: Counter[tuple[str, str]] = Counter()
+    places: dict[tuple[str, str], set[int]] = defaultdict(set)
+
+    def count(i: int, sign: int) -> None:
+        symbols, times = spelt[i]
+        for pair in pairwise(symbols):
+            counts[pair] += sign * times
+            places[pair].add(i)
+
+    for i in range(len(spelt)):
+        count(i, 1)
+    merges = []
+    while len(merges) < most:
+        commonest = max(counts.values(), default=0)
+        if commonest == 0:
+            break
+        best = min(pair for pair, times in counts.items() if times == commonest)
+        merges.append(best)
+        for i in places.pop(best):
+            count(i, -1)
+            spelt[i] = (_merged(spelt[i][0], best), spelt[i][1])
+            count(i, 1)
+        del counts[best]
+    return merges
+
+
+def _merged(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """`symbols` with every `pair` of neighbours joined, from the left."""
+    joined: list[str] = []
+    i = 0
+    while i < len(symbols):
+        found = tuple(symbols[i : i + 2]) == pair
+        joined.append("".join(pair) if found else symbols[i])
+        i += 2 if found else 1
+    return joined
+
+
+def _numbered(first: Sequence[str], merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """The vocabulary of `first`, what `merges` make, start and end of text, in this order."""
     tokens = dict.fromkeys([*first, *("".join(pair) for pair in merges), BOS, EOS])
-    return {token: i for i, token in enumerate(tokens)}, merges
+    return {token: i for i, token in enumerate(tokens)}
 
 
 def _parse_merges(lines: Iterable[str], source: str | os.PathLike) -> list[tuple[str, str]]:

@@ -169,6 +169,22 @@ def test_a_tokenizer_learns_from_captions():
     assert few.decode(few(captions[0])[0]) == captions[0]
 
 
+def test_the_commonest_pair_is_merged_first_and_the_first_of_equals():
+    tokenizer = CLIPTokenizer.from_captions(["ab ab abc", "xyxy"], merges=4)
+    # the first occurs twice, of those that occur once the first by alphabet
+    assert tokenizer.merges == [("a", "b</w>"), ("a", "b"), ("ab", "c</w>"), ("x", "y")]
+    everything = CLIPTokenizer.from_captions(["aaaa aa"])
+    assert everything.merges == [("a", "a"), ("a", "a</w>"), ("aa", "aa</w>")]
+
+
+def test_the_order_of_captions_does_not_matter():
+    data = CaptionedShapes("train", length=100)
+    captions = [data.draw(i)[1] for i in range(100)]
+    one, other = (CLIPTokenizer.from_captions(c, merges=80) for c in (captions, captions[::-1]))
+    assert one.vocab == other.vocab
+    assert one.merges == other.merges
+
+
 def test_a_learned_tokenizer_is_one_of_the_peer_s(tmp_path):
     tokenizer = CLIPTokenizer.from_captions(["a large red circle", "a small green square"] * 3, 30, merges=40)
     tokenizer.save_pretrained(tmp_path)
