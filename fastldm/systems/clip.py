@@ -75,7 +75,7 @@ class CLIPScorer:
         if tokenizer.max_length > text.max_position_embeddings or tokenizer.vocab_size > text.vocab_size:
             raise ConfigError(
                 f"the tokenizer makes up to {tokenizer.max_length} tokens of {tokenizer.vocab_size} kinds, "
-                f"the text tower takes {text.max_position_embeddings} of {text.vocab_size}; use its own tokenizer"
+                f"the text tower takes {text.max_position_embeddings} of {text.vocab_size}; give its own"
             )
         if not len(image_mean) == len(image_std) == vision.num_channels:
             raise ConfigError(

@@ -1,8 +1,8 @@
-"""Training CLIP on captioned pictures (Radford et al. 2021): each batch is B pairs, of which every picture must
-find its text among B texts and every text its picture.
+"""Training CLIP on captioned pictures (Radford et al. 2021): each batch is B pairs, of which every picture
+must find its text among B texts and every text its picture.
 
-Noised CLIP (Nichol et al. 2022, section 2.4) is trained on x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps at a uniform
-t, of which the image tower is told, so that its gradient can guide diffusion at every step.
+Noised CLIP (Nichol et al. 2022, section 2.4) is trained on x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps at a
+uniform t, of which the image tower is told, so that its gradient can guide diffusion at every step.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def noised(images: Tensor, schedule: NoiseSchedule, generator: torch.Generator) 
 def across_processes(x: Tensor) -> Tensor:
     """The x (B, D) of all processes, (processes * B, D): every pair of the whole batch is a negative.
 
-    Data-parallel training averages the gradients of the processes, each of which has only that of its own rows.
-    These are scaled so that the average is the gradient of the loss over the whole batch.
+    Data-parallel training averages the gradients of the processes, each of which has only that of its own
+    rows. These are scaled so that the average is the gradient of the loss over the whole batch.
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return x

@@ -1,8 +1,8 @@
 """Training configurations: dataclasses filled from YAML files and `key=value` overrides, every key checked.
 
 `TrainingConfig` holds what every run needs (data, optimiser, loop); `FirstStageConfig`,
-`LatentDiffusionConfig` and `CLIPTrainingConfig` add the model and the loss. The fields that hold a network's own configuration
-(`model.config`, `unet`, ...) are plain mappings: the network checks them when it is built.
+`LatentDiffusionConfig` and `CLIPTrainingConfig` add the model and the loss. The fields that hold a network's
+own configuration (`model.config`, `unet`, ...) are plain mappings: the network checks them when it is built.
 """
 
 from __future__ import annotations
