@@ -73,7 +73,8 @@ class _Tower(Model):
     weights_name: ClassVar[str] = "model.safetensors"
     pickled_weights_name: ClassVar[str] = "pytorch_model.bin"
     ignored_config_keys: ClassVar[frozenset[str]] = BOOKKEEPING
-    _old_prefix: ClassVar[str]
+    _file_prefix: ClassVar[str]
+    """Before every key of a file: transformers 4 needs it, 5 drops it and reads either."""
 
     def _exported_config(self) -> dict[str, Any]:
         return {
@@ -83,10 +84,13 @@ class _Tower(Model):
             "attention_dropout": 0.0,
         }
 
+    def _file_key(self, key: str) -> str:
+        return self._file_prefix + key
+
     def _convert_old_keys(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        # transformers 4 put a prefix before every key, and older ones stored the positions 0, 1, ...
+        # Old versions of transformers stored the positions 0, 1, ...
         return {
-            key.removeprefix(self._old_prefix): tensor
+            key.removeprefix(self._file_prefix): tensor
             for key, tensor in state.items()
             if not key.endswith("embeddings.position_ids")
         }
@@ -107,7 +111,7 @@ class CLIPTextModel(_Tower):
     """
 
     peer_defaults: ClassVar[Mapping[str, Any]] = {**_NEUTRAL, "model_type": "clip_text_model"}
-    _old_prefix: ClassVar[str] = "text_model."
+    _file_prefix: ClassVar[str] = "text_model."
 
     @configurable
     def __init__(
@@ -187,7 +191,7 @@ class CLIPVisionModel(_Tower):
         "eos_token_id",
         "pad_token_id",
     }
-    _old_prefix: ClassVar[str] = "vision_model."
+    _file_prefix: ClassVar[str] = "vision_model."
 
     @configurable
     def __init__(

@@ -166,6 +166,7 @@ class Sizes(nn.Module):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["safetensors", "pickle", "archive"])
 def test_files_of_every_kind_load(openai, tmp_path, kind):
     from safetensors.torch import save_file

@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 from transformers import AutoTokenizer
-from transformers import CLIPTokenizer as PeerTokenizer
+from transformers import CLIPTokenizerFast as PeerTokenizer
 
 from fastldm.errors import CheckpointError, InputError
 from fastldm.models import CLIPTokenizer
@@ -54,8 +54,13 @@ def vocabulary():
     return {token: i for i, token in enumerate(tokens)}
 
 
-def peer(**options):
-    return PeerTokenizer(vocab=vocabulary(), merges=MERGES, **options)
+@pytest.fixture
+def peer(tmp_path_factory):
+    """make(**options) -> transformers' tokenizer of the same vocabulary and merges."""
+    folder = tmp_path_factory.mktemp("peer")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary()))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in MERGES))
+    return lambda **options: PeerTokenizer.from_pretrained(folder, **options)
 
 
 def ids_of(theirs, texts, length):
@@ -69,7 +74,7 @@ def ours():
 
 
 @pytest.mark.parametrize("pad", [EOS, "!"])
-def test_ids_are_the_peer_s(pad):
+def test_ids_are_the_peer_s(peer, pad):
     ours = CLIPTokenizer(vocabulary(), MERGES, pad_token=pad)
     # transformers reads the padding where a text spells it, OpenAI's tokenizer and ours read letters.
     texts = [text for text in TEXTS if pad not in text]
@@ -82,7 +87,7 @@ def test_ids_are_the_peer_s(pad):
 
 @pytest.mark.filterwarnings("ignore:the caption has")
 @pytest.mark.parametrize("length", [3, 4, 8])
-def test_long_texts_are_cut_as_the_peer_s(length):
+def test_long_texts_are_cut_as_the_peer_s(peer, length):
     ours = CLIPTokenizer(vocabulary(), MERGES, length)
     found = ours(TEXTS)
     assert torch.equal(found, ids_of(peer(), TEXTS, length))
@@ -94,7 +99,7 @@ def test_what_is_cut_off_is_said():
         CLIPTokenizer(vocabulary(), MERGES, 4)("low low new low")
 
 
-def test_random_texts_are_the_peer_s(ours):
+def test_random_texts_are_the_peer_s(peer, ours):
     letters = "lowernstLOW'\u2019 \t0123!?.,éßж漢🙂\u0301"
     generator = torch.Generator().manual_seed(3)
     texts = [
@@ -114,7 +119,7 @@ def test_spelt_special_tokens_are_letters(ours):
         assert torch.equal(again(f"low {EOS} new")[0], ids)
 
 
-def test_folders_load_in_both_directions(ours, tmp_path):
+def test_folders_load_in_both_directions(peer, ours, tmp_path):
     short = CLIPTokenizer(vocabulary(), MERGES, 20, pad_token="!")
     texts = [text for text in TEXTS if len(text) < 16 and text.isascii()]
     wanted = short(texts)
@@ -137,7 +142,7 @@ def test_folders_load_in_both_directions(ours, tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_openai_s_file_of_merges_gives_its_ids(tmp_path, packed):
+def test_openai_s_file_of_merges_gives_its_ids(peer, tmp_path, packed):
     text = "#version\n" + "\n".join(" ".join(pair) for pair in MERGES) + "\n"
     file = tmp_path / "bpe.txt"
     file.write_bytes(gzip.compress(text.encode()) if packed else text.encode())

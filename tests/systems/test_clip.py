@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil
 from transformers import CLIPModel as PeerCLIP
-from transformers import CLIPTokenizer as PeerTokenizer
+from transformers import CLIPTokenizerFast as PeerTokenizer
 
 from fastldm.diffusion import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
 from fastldm.models import CLIPModel, CLIPTokenizer
 from fastldm.systems import CLIPScorer
 from fastldm.systems.clip import clip_loss
+
+try:
+    from transformers import CLIPImageProcessorPil as PeerProcessor
+except ImportError:  # transformers 4 has that one alone, under the name that 5 gave to another
+    from transformers import CLIPImageProcessor as PeerProcessor
 
 CAPTIONS = ["a large red circle", "a small blue star at the top left", "green"]
 
@@ -83,7 +87,7 @@ def test_the_loss_is_float32_under_autocast():
 def test_scores_are_transformers(scorer, tmp_path):
     scorer.save_pretrained(tmp_path)
     model, tokenizer = PeerCLIP.from_pretrained(tmp_path).eval(), PeerTokenizer.from_pretrained(tmp_path)
-    processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
+    processor = PeerProcessor.from_pretrained(tmp_path)
     pictures = photographs()
     pixels = processor(pictures, return_tensors="pt").pixel_values
     close(scorer.prepare(pictures), pixels)
@@ -97,7 +101,7 @@ def test_scores_are_transformers(scorer, tmp_path):
 
 def test_a_folder_that_transformers_wrote_loads(scorer, tmp_path):
     scorer.save_pretrained(tmp_path / "ours")
-    for peer in (PeerCLIP, PeerTokenizer, CLIPImageProcessorPil):
+    for peer in (PeerCLIP, PeerTokenizer, PeerProcessor):
         peer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     loaded, pictures = CLIPScorer.from_pretrained(tmp_path / "theirs"), photographs()
     close(loaded.scores(pictures, CAPTIONS), scorer.scores(pictures, CAPTIONS))
