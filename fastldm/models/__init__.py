@@ -19,6 +19,7 @@ _NAMES = {
     "DiagonalGaussianDistribution": "fastldm.models.autoencoder_kl",
     "LDMBertModel": "fastldm.models.text_transformer",
     "Model": "fastldm.models.base",
+    "NoisyClassifier": "fastldm.models.classifier",
     "SpatialConditioner": "fastldm.models.conditioners",
     "TextConditioner": "fastldm.models.conditioners",
     "Tokenizer": "fastldm.models.tokenizer",
