@@ -1,4 +1,4 @@
-"""`fastldm train vq|ldm`."""
+"""`fastldm train vq|ldm|clip`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind",
-        choices=["vq", "ldm"],
-        help="vq: first stage (VQ-VAE or KL); ldm: latent diffusion on a first stage",
+        choices=["vq", "ldm", "clip"],
+        help="vq: first stage (VQ-VAE or KL); ldm: latent diffusion on a first stage; "
+        "clip: pictures against captions",
     )
     parser.add_argument(
         "--config", required=True, metavar="NAME|FILE", help="a shipped configuration or a YAML file"
@@ -21,15 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from fastldm.training.config import FirstStageConfig, LatentDiffusionConfig, load_config
+    from fastldm.training import config as configs
     from fastldm.training.extras import require
 
     for package in ("yaml", "accelerate", "tensorboard"):
         require(package)
-    cls = FirstStageConfig if arguments.kind == "vq" else LatentDiffusionConfig
-    config = load_config(cls, arguments.config, arguments.overrides)
+    classes = {
+        "vq": configs.FirstStageConfig,
+        "ldm": configs.LatentDiffusionConfig,
+        "clip": configs.CLIPTrainingConfig,
+    }
+    config = configs.load_config(classes[arguments.kind], arguments.config, arguments.overrides)
     if arguments.kind == "vq":
         from fastldm.training.first_stage_task import FirstStageTask as Task
+    elif arguments.kind == "clip":
+        from fastldm.training.clip import CLIPTask as Task
     else:
         from fastldm.training.latent_diffusion import LatentDiffusionTask as Task
     from fastldm.training.loop import train

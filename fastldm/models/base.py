@@ -178,7 +178,8 @@ class Model(nn.Module):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / weights.with_variant(self.weights_name, variant)
-            weights.write_safetensors(file, self._exported_state_dict(), dtype)
+            state = {self._file_key(key): tensor for key, tensor in self._exported_state_dict().items()}
+            weights.write_safetensors(file, state, dtype)
             atomic_write(folder / self.config_name, json.dumps(self._exported_config(), indent=2) + "\n")
         except OSError as error:
             raise CheckpointError(f"cannot save {type(self).__name__} to {folder}: {error}") from error
@@ -203,6 +204,10 @@ class Model(nn.Module):
     def _exported_state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors that are saved and that a checkpoint must have; training state can be left out."""
         return self.state_dict()
+
+    def _file_key(self, key: str) -> str:
+        """The name in files of what is called `key` here; `_convert_old_keys` leads back."""
+        return key
 
     def _exported_config(self) -> dict[str, Any]:
         """What `config.json` holds."""

@@ -1,5 +1,6 @@
 """The named systems: each a composition of models and diffusion."""
 
+from fastldm.systems.clip import CLIPScorer
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 
-__all__ = ["LatentDiffusionPipeline"]
+__all__ = ["CLIPScorer", "LatentDiffusionPipeline"]

@@ -1,1 +1,1 @@
-"""Training: configurations, data sets, the two kinds of task (first stage, latent diffusion), the loop."""
+"""Training: configurations, data sets, the kinds of task (first stage, latent diffusion, CLIP), the loop."""

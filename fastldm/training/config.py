@@ -1,8 +1,8 @@
 """Training configurations: dataclasses filled from YAML files and `key=value` overrides, every key checked.
 
-`TrainingConfig` holds what every run needs (data, optimiser, loop); `FirstStageConfig` and
-`LatentDiffusionConfig` add the model and the loss. The fields that hold a network's own configuration
-(`model.config`, `unet`, ...) are plain mappings: the network checks them when it is built.
+`TrainingConfig` holds what every run needs (data, optimiser, loop); `FirstStageConfig`,
+`LatentDiffusionConfig` and `CLIPTrainingConfig` add the model and the loss. The fields that hold a network's
+own configuration (`model.config`, `unet`, ...) are plain mappings: the network checks them when it is built.
 """
 
 from __future__ import annotations
@@ -225,6 +225,33 @@ class LatentDiffusionConfig(TrainingConfig):
             _require("first_stage.scaling_factor", self.first_stage.scaling_factor, above=0)
 
 
+@dataclass
+class CLIPTrainingConfig(TrainingConfig):
+    """`fastldm train clip`: an image and a text tower on captioned pictures, also noised ones."""
+
+    name: str = "clip"
+    model: dict[str, Any] = field(default_factory=dict)
+    """config.json fields of CLIPModel; sizes of pictures and of the vocabulary follow from the data."""
+    tokenizer: str | None = None
+    """Folder of a CLIPTokenizer; null = one that learns from the captions of the data."""
+    max_length: int = 24
+    """Tokens per caption, start and end included."""
+    merges: int = 1024
+    """Most merges of a tokenizer that learns from the captions."""
+    noised: bool = False
+    """Train on x_t ~ q(x_t | x_0) at uniform t, which the image tower is told (Nichol et al. 2022)."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """`noised`: fields of scheduler_config.json, those of the diffusion that the model will guide."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("max_length", self.max_length, at_least=3)
+        _require("merges", self.merges, at_least=0)
+        _require("batch_size", self.batch_size, at_least=2)
+        if self.schedule and not self.noised:
+            raise ConfigError("schedule is for noised CLIP; add noised=true")
+
+
 def shipped_configs() -> list[str]:
     """Names accepted by `load_config` besides paths."""
     folder = resources.files("fastldm") / "configs"
@@ -235,7 +262,7 @@ def load_config(cls: type[T], source: str | Path | Mapping, overrides: Sequence[
     """Fill `cls` from a YAML file, the name of a shipped configuration, or a mapping.
 
     Args:
-        cls: FirstStageConfig or LatentDiffusionConfig.
+        cls: FirstStageConfig, LatentDiffusionConfig or CLIPTrainingConfig.
         source: path of a YAML file, a name of `shipped_configs()`, or a mapping.
         overrides: "dotted.key=value" strings, the value in YAML ("optimizer.lr=3e-4", "ema.enabled=false").
 

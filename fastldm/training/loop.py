@@ -1,4 +1,4 @@
-"""The training loop, one for first stages and for latent diffusion.
+"""The training loop, one for every kind of task.
 
 A `Task` says what is trained, on what, and how it is drawn and exported; the loop does the rest: devices,
 mixed precision, gradient accumulation and processes (accelerate), learning rate, EMA, logs, pictures,

@@ -8,6 +8,7 @@ import pytest
 
 from fastldm.errors import ConfigError, FastLDMError
 from fastldm.training.config import (
+    CLIPTrainingConfig,
     FirstStageConfig,
     LatentDiffusionConfig,
     differing_keys,
@@ -21,7 +22,8 @@ from fastldm.training.config import (
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_shipped_configurations_load_and_survive_being_written(name, tmp_path):
-    cls = LatentDiffusionConfig if name.endswith("-ldm") else FirstStageConfig
+    kinds = {"ldm": LatentDiffusionConfig, "clip": CLIPTrainingConfig}
+    cls = kinds.get(name.rpartition("-")[2], FirstStageConfig)
     config = load_config(cls, name)
     assert config.name == name
     file = tmp_path / "config.yaml"

@@ -1,0 +1,313 @@
+"""CLIP's captions to token ids: lower-cased byte-level byte-pair encoding (Radford et al. 2021, section 2.4).
+
+A word ends in a symbol with `</w>`. A text is <|startoftext|>, its tokens, <|endoftext|>, and padding. Ids
+are those of transformers' CLIPTokenizer.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastldm.errors import CheckpointError, InputError
+from fastldm.io import atomic_write
+from fastldm.models.weights import read_json
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+
+# Contractions, runs of letters, single digits, runs of what is neither; the special tokens stay whole so that
+# the pieces are those of transformers.
+_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# Of the lines of OpenAI's file, its tokenizer reads those after the first that fill its 49408 ids.
+_OPENAI_MERGES = 49408 - 2 * 256 - 2
+
+
+class CLIPTokenizer:
+    """Byte-pair encoding with a fixed text window.
+
+    Every text can be spelt, so no word is unknown. A caption that spells "<|endoftext|>" means those letters.
+
+    Args:
+        vocab: id of each token; holds <|startoftext|> and <|endoftext|>.
+        merges: pairs of symbols, those merged first in front.
+        max_length: tokens per caption, start and end included.
+        pad_token: what follows the end of text; OpenAI pads with id 0, which is "!" in its vocabulary.
+
+    Raises:
+        CheckpointError: a vocabulary without the special tokens, or merges of symbols it lacks.
+        InputError: a window without room for words.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Iterable[tuple[str, str]],
+        max_length: int = 77,
+        pad_token: str = EOS,
+    ) -> None:
+        missing = [token for token in (BOS, EOS, pad_token) if token not in vocab]
+        if missing:
+            raise CheckpointError(
+                f"the vocabulary has no {', '.join(dict.fromkeys(missing))}; give one of CLIP's tokenizer"
+            )
+        if max_length < 3:
+            raise InputError(f"max_length={max_length} leaves no room for words; use 3 or more")
+        self.vocab = dict(vocab)
+        self.merges = [tuple(pair) for pair in merges]
+        self.max_length = max_length
+        self.pad_token = pad_token
+        self.backend = _backend(self.vocab, self.merges)
+
+    @classmethod
+    def from_captions(
+        cls, captions: Iterable[str], max_length: int = 77, *, merges: int = 1024
+    ) -> CLIPTokenizer:
+        """A tokenizer that learns at most so many `merges` from `captions`, with OpenAI's order of ids: the
+        bytes, the bytes that end a word, the merged tokens, start and end of text. The same captions give
+        the same tokenizer."""
+        first = _byte_tokens()
+        splitter = _backend(_numbered(first, []), [])
+        words: Counter[str] = Counter()
+        for caption in captions:
+            text = splitter.normalizer.normalize_str(caption)
+            words.update(piece for piece, _ in splitter.pre_tokenizer.pre_tokenize_str(text))
+        learned = _learn_merges(words, merges)
+        return cls(_numbered(first, learned), learned, max_length)
+
+    @classmethod
+    def from_openai(cls, path: str | os.PathLike, max_length: int = 77) -> CLIPTokenizer:
+        """Read OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or the same unpacked: a heading, then a merge a line.
+
+        Raises:
+            CheckpointError: the file cannot be read or holds something else.
+        """
+        try:
+            data = Path(path).read_bytes()
+            text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+        except (OSError, EOFError, ValueError) as error:
+            raise CheckpointError(f"cannot read the merges in {path}: {error}") from error
+        merges = _parse_merges(text.split("\n")[1 : _OPENAI_MERGES + 1], path)
+        first = _byte_tokens()
+        return cls(_numbered(first, merges), merges, max_length, pad_token=first[0])
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are smaller than this."""
+        return max(self.vocab.values()) + 1
+
+    @property
+    def bos_token_id(self) -> int:
+        return self.vocab[BOS]
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.vocab[EOS]
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.vocab[self.pad_token]
+
+    def __call__(self, captions: str | Sequence[str]) -> Tensor:
+        """Token ids, int64 (B, max_length), on the CPU. Warns where a caption is longer, naming what is cut.
+
+        Raises:
+            InputError: for something that is not text.
+        """
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        rows = [self._encode(caption) for caption in captions]
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
+
+    def _encode(self, caption: str) -> list[int]:
+        if not isinstance(caption, str):
+            raise InputError(f"a caption must be text, not {type(caption).__name__}")
+        encoding = self.backend.encode(caption)
+        ids, room = encoding.ids, self.max_length - 2
+        if len(ids) > room:
+            cut = caption[encoding.offsets[room][0] :].strip()
+            warnings.warn(
+                f"the caption has {len(ids)} tokens, the text window {room}: {cut!r} is cut off", stacklevel=4
+            )
+        ids = [self.bos_token_id, *ids[:room], self.eos_token_id]
+        return ids + [self.pad_token_id] * (self.max_length - len(ids))
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """The text of one row of ids up to its end, normalised: lower case, a space after each word."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        ids = ids[: ids.index(self.eos_token_id)] if self.eos_token_id in ids else ids
+        tokens = (self.backend.id_to_token(i) for i in ids if i != self.bos_token_id)
+        return self.backend.decoder.decode(["".join(tokens)]).replace(END_OF_WORD, " ").strip()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `vocab.json`, `merges.txt`, `tokenizer.json` and `tokenizer_config.json`, between them what
+        CLIP's tokenizers of every version of transformers read."""
+        from tokenizers import processors
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = _backend(self.vocab, self.merges)
+        whole.add_special_tokens([BOS, EOS])
+        whole.post_processor = processors.RobertaProcessing(
+            (EOS, self.eos_token_id), (BOS, self.bos_token_id), False, False
+        )
+        config = {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": self.max_length,
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "unk_token": EOS,
+            "pad_token": self.pad_token,
+        }
+        merges = "".join(f"{one} {other}\n" for one, other in self.merges)
+        vocab = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
+        atomic_write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False) + "\n")
+        atomic_write(folder / "merges.txt", f"#version: 0.2\n{merges}")
+        atomic_write(folder / "tokenizer.json", whole.to_str(pretty=True))
+        atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike, *, subfolder: str | None = None, max_length: int | None = None
+    ) -> CLIPTokenizer:
+        """Read `vocab.json` and `merges.txt`, or the model in `tokenizer.json`.
+
+        Args:
+            max_length: what the text tower takes; counts where the folder states more, or nothing. 77 where
+                neither says.
+
+        Raises:
+            CheckpointError: if the folder holds no such tokenizer.
+        """
+        folder = Path(folder) / (subfolder or "")
+        vocab_file, merges_file, whole = (folder / n for n in ("vocab.json", "merges.txt", "tokenizer.json"))
+        if vocab_file.is_file() and merges_file.is_file():
+            vocab = read_json(vocab_file)
+            try:
+                lines = merges_file.read_text("utf-8").split("\n")
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"cannot read {merges_file}: {error}") from error
+            # The heading is a line of its own; "#" is also a symbol that merges.
+            merges = _parse_merges(lines[1:] if lines[0].startswith("#version") else lines, merges_file)
+        elif whole.is_file():
+            model = read_json(whole).get("model", {})
+            if model.get("type") != "BPE" or model.get("end_of_word_suffix") != END_OF_WORD:
+                raise CheckpointError(f"{whole} holds no byte-pair encoding with {END_OF_WORD}")
+            vocab = model["vocab"]
+            # Older files write a pair as one text.
+            merges = [tuple(p.split(" ")) if isinstance(p, str) else tuple(p) for p in model["merges"]]
+        else:
+            raise CheckpointError(f"{folder} holds neither vocab.json with merges.txt nor tokenizer.json")
+        config_file = folder / "tokenizer_config.json"
+        config = read_json(config_file) if config_file.is_file() else {}
+        pad = config.get("pad_token", EOS)
+        pad = pad["content"] if isinstance(pad, Mapping) else pad
+        # transformers writes 1e30 for "no limit".
+        lengths = [n for n in (config.get("model_max_length"), max_length) if n is not None and n < 1e6]
+        return cls(vocab, merges, int(min(lengths, default=77)), pad or EOS)
+
+
+def _backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Any:
+    """A `tokenizers.Tokenizer` without special tokens around the text."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    try:
+        model = models.BPE(dict(vocab), list(merges), end_of_word_suffix=END_OF_WORD, unk_token=EOS)
+    except Exception as error:  # tokenizers raises bare Exception for merges that do not fit
+        raise CheckpointError(f"the merges do not fit the vocabulary: {error}") from error
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _byte_tokens() -> list[str]:
+    """A printable letter for each byte, those that are printable themselves in front; then the same with
+    `</w>`."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    letters = [chr(byte) for byte in printable]
+    letters += [chr(256 + i) for i in range(256 - len(letters))]
+    return letters + [letter + END_OF_WORD for letter in letters]
+
+
+def _learn_merges(words: Mapping[str, int], most: int) -> list[tuple[str, str]]:
+    """Merge the commonest pair of neighbours, again and again (Sennrich et al. 2016, algorithm 1).
+
+    Of equally common pairs the first in alphabetical order is merged, so that the same words always give the
+    same merges: the trainer of `tokenizers` goes by the order of a hash table.
+
+    Args:
+        words: how often each word, in letters for bytes, occurs.
+        most: of the merges; there are fewer where every word is one symbol before.
+    """
+    spelt = [([*word[:-1], word[-1] + END_OF_WORD], words[word]) for word in sorted(words)]
+    counts: Counter[tuple[str, str]] = Counter()
+    places: dict[tuple[str, str], set[int]] = defaultdict(set)
+
+    def count(i: int, sign: int) -> None:
+        symbols, times = spelt[i]
+        for pair in pairwise(symbols):
+            counts[pair] += sign * times
+            places[pair].add(i)
+
+    for i in range(len(spelt)):
+        count(i, 1)
+    merges = []
+    while len(merges) < most:
+        commonest = max(counts.values(), default=0)
+        if commonest == 0:
+            break
+        best = min(pair for pair, times in counts.items() if times == commonest)
+        merges.append(best)
+        for i in places.pop(best):
+            count(i, -1)
+            spelt[i] = (_merged(spelt[i][0], best), spelt[i][1])
+            count(i, 1)
+        del counts[best]
+    return merges
+
+
+def _merged(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """`symbols` with every `pair` of neighbours joined, from the left."""
+    joined: list[str] = []
+    i = 0
+    while i < len(symbols):
+        found = tuple(symbols[i : i + 2]) == pair
+        joined.append("".join(pair) if found else symbols[i])
+        i += 2 if found else 1
+    return joined
+
+
+def _numbered(first: Sequence[str], merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """The vocabulary of `first`, what `merges` make, start and end of text, in this order."""
+    tokens = dict.fromkeys([*first, *("".join(pair) for pair in merges), BOS, EOS])
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def _parse_merges(lines: Iterable[str], source: str | os.PathLike) -> list[tuple[str, str]]:
+    pairs = [tuple(line.split()) for line in lines if line.strip()]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise CheckpointError(f"{source}: a merge is two symbols, not {' '.join(pair)!r}")
+    return pairs

@@ -1,0 +1,165 @@
+"""Training CLIP on captioned pictures (Radford et al. 2021): each batch is B pairs, of which every picture
+must find its text among B texts and every text its picture.
+
+Noised CLIP (Nichol et al. 2022, section 2.4) is trained on x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps at a
+uniform t, of which the image tower is told, so that its gradient can guide diffusion at every step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, distributed, nn
+
+from fastldm.diffusion import NoiseSchedule
+from fastldm.errors import ConfigError
+from fastldm.models.clip import CLIPModel
+from fastldm.models.clip_tokenizer import CLIPTokenizer
+from fastldm.pictures import grid, to_pil
+from fastldm.systems.clip import CLIPScorer, clip_loss
+from fastldm.training.config import CLIPTrainingConfig
+from fastldm.training.data import build_dataset
+from fastldm.training.latent_diffusion import captions_of
+
+_SHOWN = 8
+# Pictures in [-1, 1], as data sets give them and diffusion noises them, go into the tower as they are.
+_MEAN = _STD = (0.5, 0.5, 0.5)
+
+
+class CLIPModule(nn.Module):
+    """The towers with their loss, so that one data-parallel wrapper covers both."""
+
+    def __init__(self, model: CLIPModel, schedule: NoiseSchedule | None) -> None:
+        super().__init__()
+        self.model = model
+        self.schedule = schedule
+
+    def forward(
+        self, batch: dict, *, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self.model.clamp_logit_scale()
+        images, timesteps = batch["image"], None
+        if self.schedule is not None:
+            images, timesteps = noised(images, self.schedule, generator)
+        output = self.model(batch["input_ids"], images, timestep=timesteps)
+        embeds = (across_processes(x) for x in (output.image_embeds, output.text_embeds))
+        loss, accuracy = clip_loss(*embeds, self.model.logit_scale)
+        return loss, {"accuracy": accuracy, "logit_scale": self.model.logit_scale.detach().exp()}
+
+
+def noised(images: Tensor, schedule: NoiseSchedule, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """x_t (B, C, H, W) of pictures (B, C, H, W) in [-1, 1], and its uniform t, int64 (B,)."""
+    steps = schedule.num_train_timesteps
+    t = torch.randint(steps, (len(images),), generator=generator, device=images.device)
+    noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+    return schedule.add_noise(images, noise, t), t
+
+
+def across_processes(x: Tensor) -> Tensor:
+    """The x (B, D) of all processes, (processes * B, D): every pair of the whole batch is a negative.
+
+    Data-parallel training averages the gradients of the processes, each of which has only that of its own
+    rows. These are scaled so that the average is the gradient of the loss over the whole batch.
+    """
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return x
+    count, rank = distributed.get_world_size(), distributed.get_rank()
+    parts = [torch.empty_like(x) for _ in range(count)]
+    distributed.all_gather(parts, x.detach().contiguous())
+    parts[rank] = count * x - (count - 1) * x.detach()
+    return torch.cat(parts)
+
+
+class CLIPTask:
+    """See fastldm.training.loop.Task."""
+
+    def __init__(self, config: CLIPTrainingConfig) -> None:
+        self.config = config
+        self.dataset = build_dataset(config.data, config.seed)
+        if "caption" not in self.dataset[0]:
+            raise ConfigError(
+                f"CLIP needs a caption for each picture, and {config.data.path} has none: add metadata.jsonl"
+            )
+        self.schedule = None
+        if config.noised:
+            self.schedule = NoiseSchedule.from_config({"clip_sample": False, **config.schedule})
+        self.tokenizer = build_tokenizer(config, self.dataset)
+        model = CLIPModel.from_config(model_config(config, self.tokenizer))
+        # Whatever does not fit is said now, not at the export.
+        CLIPScorer(model, self.tokenizer, _MEAN, _STD, self.schedule)
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if config.compile:
+            model.compile()
+        self.module = CLIPModule(model, self.schedule)
+        self.averaged = model
+        self.adversary = None
+        self.every_step_trains_all = True
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+
+    def start(self, batch: dict) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
+    def prepare(self, batch: dict, generator: torch.Generator) -> dict:
+        return {"image": batch["image"], "input_ids": self.tokenizer(batch["caption"]).to(self.device)}
+
+    def picture(self, seed: int) -> Image.Image:
+        """The first pictures, each over the caption that the model finds for it among theirs."""
+        items = [self.dataset[i] for i in range(min(_SHOWN, len(self.dataset)))]
+        images, captions = torch.stack([item["image"] for item in items]), [item["caption"] for item in items]
+        found = self.scorer().scores(images, captions).argmax(dim=1).tolist()
+        return grid(to_pil(images), [captions[i] for i in found], columns=4)
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        self.module.model.clamp_logit_scale()
+        self.scorer().save_pretrained(folder, dtype=dtype)
+
+    def scorer(self) -> CLIPScorer:
+        """The model as it is now, shared, not copied."""
+        return CLIPScorer(self.module.model, self.tokenizer, _MEAN, _STD, self.schedule)
+
+
+def build_tokenizer(config: CLIPTrainingConfig, pictures: Any) -> CLIPTokenizer:
+    """The tokenizer of a configuration; the same captions give the same one."""
+    if config.tokenizer is not None:
+        return CLIPTokenizer.from_pretrained(config.tokenizer, max_length=config.max_length)
+    return CLIPTokenizer.from_captions(captions_of(pictures), config.max_length, merges=config.merges)
+
+
+def model_config(config: CLIPTrainingConfig, tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    """config.json of the model; fields that the configuration leaves out follow from data and tokenizer."""
+    for tower in ("text_config", "vision_config"):
+        if not isinstance(config.model.get(tower, {}), dict):
+            raise ConfigError(f"model.{tower} needs keys of its own, got {config.model[tower]!r}")
+    text = {
+        "vocab_size": tokenizer.vocab_size,
+        "max_position_embeddings": tokenizer.max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **config.model.get("text_config", {}),
+    }
+    vision = {
+        "image_size": config.data.size,
+        "timestep_conditioning": config.noised,
+        **config.model.get("vision_config", {}),
+    }
+    if vision["image_size"] != config.data.size:
+        raise ConfigError(
+            f"model.vision_config.image_size={vision['image_size']} for pictures of data.size="
+            f"{config.data.size}; leave it out"
+        )
+    if vision["timestep_conditioning"] != config.noised:
+        raise ConfigError("model.vision_config.timestep_conditioning follows from noised; leave it out")
+    return {**config.model, "text_config": text, "vision_config": vision}
