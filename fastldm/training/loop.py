@@ -11,6 +11,7 @@ not.
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import signal
@@ -135,6 +136,12 @@ def train(
     return _Run(config, build_task, resume=resume, progress=progress).run()
 
 
+def _leave_the_others() -> None:
+    """Ends what joins the processes: its threads would now and then abort this one as it exits."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class _Run:
     def __init__(
         self, config: TrainingConfig, build_task: Callable[[], Task], *, resume: bool, progress: bool
@@ -155,6 +162,8 @@ class _Run:
                 f"mixed_precision={config.mixed_precision} after a run with another one in the same process: "
                 "accelerate fixes it once; start a new process"
             ) from error
+        atexit.unregister(_leave_the_others)
+        atexit.register(_leave_the_others)
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
         self.main = self.accelerator.is_main_process
