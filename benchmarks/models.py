@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastldm
 import fastldm.models
-from benchmarks.providers import compiled, installed
+from benchmarks.providers import compiled, installed, packs_here
 from benchmarks.registry import Case, Function, Judge, Op, Problem, Provider, Verdict, Work
 from fastldm.errors import InputError
 from fastldm.models.weights import SkipInit
@@ -168,12 +168,16 @@ def _attention_flops(q: Sequence[int], k: Sequence[int], *rest, **named) -> int:
     return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
 
 
-def _work(problem: Problem) -> Work:
-    """The products of convolutions, linear layers and attention, counted in a run of diffusers' network."""
+def products(function: Function, inputs: Sequence[Tensor]) -> Work:
+    """The products of convolutions, linear layers and attention, counted in a run of `function`."""
     uncounted = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
-        _call(problem.networks.peer)(*problem.inputs)
+        function(*inputs)
     return Work("matmul", float(counter.get_total_flops()))
+
+
+def _work(problem: Problem) -> Work:
+    return products(_call(problem.networks.peer), problem.inputs)
 
 
 def _ours(channels_last: bool, problem: Problem) -> Function:
@@ -190,10 +194,6 @@ def _applied(channels_last: bool, problem: Problem) -> Function:
 
 def _applied_packed(problem: Problem) -> Function:
     return _call(pack_weights(problem.networks.applied(channels_last=True)), channels_last=True)
-
-
-def _packed_refuses(case: Case) -> str | None:
-    return None if case.device == "cpu" else "packs weights for the CPU only"
 
 
 def _diffusers(channels_last: bool, problem: Problem) -> Function:
@@ -252,9 +252,9 @@ def _providers() -> list[Provider]:
     both = (("", False), ("-channels-last", True))
     return [
         *(Provider(f"fastldm{end}", partial(_ours, last), ours=True) for end, last in both),
-        Provider("fastldm-packed", _packed, ours=True, refuse=_packed_refuses),
+        Provider("fastldm-packed", _packed, ours=True, refuse=packs_here),
         *(Provider(f"applied{end}", partial(_applied, last), ours=True) for end, last in both),
-        Provider("applied-packed", _applied_packed, ours=True, refuse=_packed_refuses),
+        Provider("applied-packed", _applied_packed, ours=True, refuse=packs_here),
         *(Provider(f"diffusers{end}", partial(_diffusers, last)) for end, last in both),
         Provider("compile", _compiled),
         Provider("openvino", _openvino, refuse=_openvino_refuses),

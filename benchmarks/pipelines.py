@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fastldm
-from benchmarks.providers import compiled
+from benchmarks.models import products
+from benchmarks.providers import compiled, packs_here
 from benchmarks.registry import Case, Function, Judge, Op, Problem, Provider, Verdict, Work
 from fastldm.nn import pack_weights
 from fastldm.testing import assert_as_accurate
@@ -116,12 +117,7 @@ def _judge(problem: Problem) -> Judge:
 
 
 def _work(problem: Problem) -> Work:
-    """The products of the UNet's steps, of two prompts each, and of the decoder."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        _call(problem.networks())(*problem.inputs)
-    return Work("matmul", float(counter.get_total_flops()))
+    return products(_call(problem.networks()), problem.inputs)
 
 
 def _plain(channels_last: bool, problem: Problem) -> Function:
@@ -150,15 +146,11 @@ def _compiled(problem: Problem) -> Function:
     return _call(pipe)
 
 
-def _packed_refuses(case: Case) -> str | None:
-    return None if case.device == "cpu" else "packs weights for the CPU only"
-
-
 def _providers() -> list[Provider]:
     both = (("", False), ("-channels-last", True))
     return [
         *(Provider(f"applied{end}", partial(_applied, last, False), ours=True) for end, last in both),
-        Provider("applied-packed", partial(_applied, True, True), ours=True, refuse=_packed_refuses),
+        Provider("applied-packed", partial(_applied, True, True), ours=True, refuse=packs_here),
         *(Provider(f"diffusers{end}", partial(_plain, last)) for end, last in both),
         Provider("compile", _compiled),
     ]

@@ -55,6 +55,11 @@ def no_lone_backward(case: Case) -> str | None:
     return "has no backward of its own" if case.direction == "backward" else None
 
 
+def packs_here(case: Case) -> str | None:
+    """A `refuse` for packed weights."""
+    return None if case.device == "cpu" else "packs weights for the CPU only"
+
+
 def free_memory(device: str) -> int:
     """Bytes that can be allocated on the device now; a very large number where the system does not say."""
     if torch.device(device).type == "cuda":
