@@ -11,6 +11,7 @@ from benchmarks import machine
 from benchmarks.measure import Row
 from fastldm.errors import InputError
 from fastldm.io import atomic_write
+from fastldm.text import as_table
 
 SCHEMA = 1
 _HEAD = ("schema", "command", "started", "machine", "versions", "git", "allocator", "complete", "rows")
@@ -97,8 +98,7 @@ def _to_floor(row: Row) -> str:
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Cells in columns, two spaces apart, after two spaces."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
+    return [f"  {line}" for line in as_table(rows).splitlines()]
 
 
 def duration(seconds: float) -> str:

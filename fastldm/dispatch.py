@@ -24,6 +24,7 @@ import torch
 
 from fastldm.errors import ConfigError, UnsupportedError
 from fastldm.implementation import Implementation
+from fastldm.text import as_table
 
 BACKENDS: dict[str, str] = {
     "reference": "fastldm.reference:implementation",
@@ -90,10 +91,7 @@ class Recorder:
                     call.fallback or "",
                 )
             )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-        )
+        return as_table(rows)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from fastldm.io import atomic_write
 from fastldm.models.conditioners import TextConditioner
 from fastldm.pictures import grid, png_bytes, to_pil
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
+from fastldm.text import as_table
 from fastldm.training.data import derive_seed
 from fastldm.training.datasets.shapes import CaptionedShapes, Kind, Split
 
@@ -126,10 +127,8 @@ class AccuracyReport:
             low, high = row.scores["all"].interval
             interval = f"{_percent(low)} to {_percent(high)}"
             lines.append([row.pictures, f"{row.kind}, {row.split}", guidance, *cells, interval])
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
         about = f"{self.num_captions} captions each, {self.num_inference_steps} steps, seed {self.seed}; in %"
-        return "\n".join([about, *text])
+        return f"{about}\n{as_table(lines)}"
 
     def save_examples(self, path: str | os.PathLike) -> None:
         """A PNG with some samples of every set, captions below; what came out wrong is named in brackets."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastldm import ops
 from fastldm.integrations.rules import Match
-from fastldm.integrations.sdpa import calls_sdpa, redirected
+from fastldm.integrations.sdpa import calls_sdpa, redirected, redirected_forward
 from fastldm.integrations.swapping import original_class
 from fastldm.integrations.torch_nn import is_norm, is_silu, norm, takes
 
@@ -108,11 +108,7 @@ def _calls_attention(module: nn.Module) -> Match | None:
     kind = original_class(module)
     if kind.__module__.partition(".")[0] != "diffusers" or not calls_sdpa(vars(kind).get("forward")):
         return None
-    return Match("attention", "fused attention", _module_members)
-
-
-def _module_members(base: type, backend: str) -> dict:
-    return {"forward": redirected(base.forward, backend)}
+    return Match("attention", "fused attention", redirected_forward)
 
 
 def _vector_quantizer(module: nn.Module) -> Match | None:

@@ -13,7 +13,7 @@ from fastldm import dispatch
 from fastldm.errors import UnsupportedError
 from fastldm.integrations.report import Entry, Report
 from fastldm.integrations.rules import Match, is_own, rules
-from fastldm.integrations.sdpa import calls_sdpa, redirected
+from fastldm.integrations.sdpa import calls_sdpa, redirected_forward
 from fastldm.integrations.swapping import (
     Swap,
     kept_forwards,
@@ -248,12 +248,8 @@ def _matches(module: nn.Module, known: list, attention_classes: tuple[type, ...]
     kind = original_class(module)
     if not found and not is_own(kind) and calls_sdpa(kind.forward):
         reason = None if kind in attention_classes else "its class is unknown; name it in attention_classes"
-        found.append(Match("attention", "fused attention", _members, skipped=reason))
+        found.append(Match("attention", "fused attention", redirected_forward, skipped=reason))
     return found
-
-
-def _members(base: type, backend: str) -> dict:
-    return {"forward": redirected(base.forward, backend)}
 
 
 def _modules(model: object) -> Iterator[tuple[str, nn.Module]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+
+from fastldm.text import as_table
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,3 @@ class Report:
         counts = Counter(entry.op for entry in self.replaced)
         total = ", ".join(f"{count} {op}" for op, count in sorted(counts.items())) or "nothing"
         return f"{as_table(rows)}\nreplaced: {total}; skipped: {len(self.skipped)}"
-
-
-def as_table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows of equal length, their columns aligned."""
-    rows = list(rows)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )

@@ -99,6 +99,11 @@ def redirected(function: types.FunctionType, backend: str) -> types.FunctionType
     return rebound(function, _redirections(function, backend))
 
 
+def redirected_forward(base: type, backend: str) -> dict:
+    """The members of a subclass whose forward is that of `base`, redirected."""
+    return {"forward": redirected(base.forward, backend)}
+
+
 def _redirections(function: types.FunctionType, backend: str) -> dict[str, object]:
     """The global names of `function` to bind anew."""
     found = {}

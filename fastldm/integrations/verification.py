@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastldm.integrations.engine import named_places, revert
-from fastldm.integrations.report import as_table
 from fastldm.testing.tolerances import errors
+from fastldm.text import as_table
 
 
 @dataclass

@@ -17,13 +17,14 @@ MAY_IMPORT = {
     "io": BASE,
     "memory": BASE,
     "pictures": BASE,
+    "text": BASE,
     "implementation": BASE,
     "processor": BASE,
     "reference": BASE | {"implementation"},
     "kernels": BASE | {"implementation"},
     "native": BASE | {"implementation", "kernels", "processor"},
     "eager": BASE | {"implementation", "processor", "reference"},
-    "dispatch": BASE | KERNELS,
+    "dispatch": BASE | KERNELS | {"text"},
     "ops": BASE | {"dispatch"},
     "nn": BASE | {"ops", "dispatch"},
     "models": BASE | {"ops", "nn", "io"},
@@ -32,13 +33,13 @@ MAY_IMPORT = {
     "training": BASE
     | {"ops", "nn", "io", "models", "diffusion", "systems", "dispatch", "pictures"}
     | {"memory"},
-    "evaluation": BASE | {"io", "pictures", "models", "diffusion", "systems", "training"},
+    "evaluation": BASE | {"io", "text", "pictures", "models", "diffusion", "systems", "training"},
     "testing": BASE | KERNELS | {"dispatch"},
     "env": BASE | KERNELS | {"dispatch", "ops"},
     "cli": BASE
     | {"io", "pictures", "models", "diffusion", "systems", "training", "evaluation"}
     | {"dispatch", "env", "memory", "native", "nn"},
-    "integrations": BASE | {"ops", "nn", "dispatch", "testing"},
+    "integrations": BASE | {"ops", "nn", "dispatch", "testing", "text"},
     "__main__": {"cli"},
 }
 
