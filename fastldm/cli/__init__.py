@@ -1,4 +1,4 @@
-"""The command line: `fastldm sample | train | evaluate | build | env`.
+"""The command line: `fastldm sample | train | evaluate | reproduce | build | env`.
 
 One file per subcommand, with `add_arguments(parser)` and `run(arguments)`. They import torch inside `run`, so
 that `fastldm --help` answers at once.
@@ -23,6 +23,7 @@ _COMMANDS = {
     "sample": "draw pictures from captions",
     "train": "train a first stage (vq) or a latent diffusion model (ldm)",
     "evaluate": "measure how well pictures match captions of the built-in shapes",
+    "reproduce": "run the experiment behind a claim of the field",
     "build": "compile the C++ kernels for this machine",
     "env": "show versions, devices and which backends are live",
 }

@@ -7,7 +7,6 @@ captions.
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from fastldm.errors import InputError
 from fastldm.evaluation.shapes_grader import matches
+from fastldm.evaluation.statistics import Score
 from fastldm.io import atomic_write
 from fastldm.models.conditioners import TextConditioner
 from fastldm.pictures import grid, png_bytes, to_pil
@@ -36,28 +36,6 @@ SETS: tuple[tuple[Kind, Split], ...] = (
 )
 ATTRIBUTES = ("count", "colour", "shape", "size", "place", "relation", "all")
 _EXAMPLES = 8
-
-
-@dataclass(frozen=True)
-class Score:
-    """`right` pictures out of `total`."""
-
-    right: int
-    total: int
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95% confidence interval of the accuracy (Wilson 1927)."""
-        z = 1.959963984540054
-        p, n = self.accuracy, self.total
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        # At 0 and 1 the bounds meet the accuracy, up to rounding.
-        return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class DataConfig:
     """Number of pictures drawn for `source: shapes`."""
     kind: Literal["one", "two", "mixed"] = "mixed"
     """`source: shapes`: one object, two objects with a relation, or both."""
+    attributes: list[Literal["colour", "shape", "size", "place", "relation"]] | None = None
+    """`source: shapes`: what canonical captions say; null = everything, two in five in other words."""
     random_flip: bool = False
     """Mirror half of the pictures (`source: image_folder`); wrong for captions that say left or right."""
     num_workers: int = 0

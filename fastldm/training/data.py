@@ -79,7 +79,7 @@ def _ignore_interrupts(worker: int) -> None:
 def build_dataset(data: DataConfig, seed: int) -> Dataset:
     """The data set of a configuration; its items hold "image", and "caption" or "label"."""
     if data.source == "shapes":
-        return CaptionedShapes("train", data.kind, data.size, data.length, seed)
+        return CaptionedShapes("train", data.kind, data.size, data.length, seed, data.attributes)
     if data.path is None:
         raise ConfigError(
             "data.source=image_folder needs data.path, a folder of pictures with metadata.jsonl"

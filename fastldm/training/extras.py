@@ -1,4 +1,4 @@
-"""The optional packages of training, imported where they are used."""
+"""Optional packages, imported where they are used."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from types import ModuleType
 from fastldm.errors import FastLDMError
 
 
-def require(module: str) -> ModuleType:
-    """Import a package of the extra `train`, or say how to get it."""
+def require(module: str, extra: str = "train") -> ModuleType:
+    """Import a package of an extra, or say how to get it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise FastLDMError(
-            f"training needs the package {module!r} ({error}); run: pip install 'fastldm[train]'"
+            f"this needs the package {module!r} ({error}); run: pip install 'fastldm[{extra}]'"
         ) from error

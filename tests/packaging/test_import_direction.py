@@ -34,10 +34,11 @@ MAY_IMPORT = {
     | {"ops", "nn", "io", "models", "diffusion", "systems", "dispatch", "pictures"}
     | {"memory"},
     "evaluation": BASE | {"io", "text", "pictures", "models", "diffusion", "systems", "training"},
+    "reproduce": BASE | {"io", "pictures", "systems", "training", "evaluation"},
     "testing": BASE | KERNELS | {"dispatch"},
     "env": BASE | KERNELS | {"dispatch", "ops"},
     "cli": BASE
-    | {"io", "pictures", "models", "diffusion", "systems", "training", "evaluation"}
+    | {"io", "pictures", "models", "diffusion", "systems", "training", "evaluation", "reproduce"}
     | {"dispatch", "env", "memory", "native", "nn"},
     "integrations": BASE | {"ops", "nn", "dispatch", "testing", "text"},
     "__main__": {"cli"},

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +47,7 @@ COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SHAPES = ("circle", "square", "triangle", "star")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
+ATTRIBUTES = ("colour", "shape", "size", "place", "relation")
 
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 HELD_OUT_PAIRS = (("purple", "circle"), ("cyan", "square"), ("yellow", "triangle"))
@@ -125,6 +127,12 @@ class Scene:
             raise InputError("a scene with one object has no relation")
         if len(self.objects) == 2 and any(o.size or o.place for o in self.objects):
             raise InputError("the objects of a two-object scene have no size and no place")
+
+    def only(self, attributes: Collection[str]) -> Scene:
+        """The same scene, of which only some of `ATTRIBUTES` are said."""
+        said = [name for name in ATTRIBUTES if name in attributes and name != "relation"]
+        objects = tuple(Object(**{name: getattr(o, name) for name in said}) for o in self.objects)
+        return Scene(objects, self.relation if "relation" in attributes else None)
 
     def reversed(self) -> Scene:
         """The same picture, named from the other object: "a left of b" becomes "b right of a"."""
@@ -315,6 +323,8 @@ class CaptionedShapes(torch.utils.data.Dataset):
         size: side of the pictures in pixels, a multiple of 8.
         length: number of items; they are drawn on demand, so it may be as large as one likes.
         seed: another seed gives other pictures.
+        attributes: the `ATTRIBUTES` that captions say, canonically; None = all of them, and in the training
+            split also paraphrases.
 
     Items are {"image": float32 (3, size, size) in [-1, 1], "caption": str, "label": int}; the label is
     the index in `PAIRS` of the (first) object's colour and shape.
@@ -327,14 +337,19 @@ class CaptionedShapes(torch.utils.data.Dataset):
         size: int = 64,
         length: int = 100_000,
         seed: int = 0,
+        attributes: Collection[str] | None = None,
     ) -> None:
         _check("split", split, _SPLITS)
         _check("kind", kind, _KINDS)
+        for name in attributes or ():
+            _check("attribute", name, ATTRIBUTES)
         if size < 32 or size % 8:
             raise InputError(f"picture size {size} cannot be drawn; give a multiple of 8 that is at least 32")
         if length < 1 or seed < 0:
             raise InputError(f"length must be at least 1 and seed at least 0, not {length} and {seed}")
         self.split, self.kind, self.size, self.length, self.seed = split, kind, size, length, seed
+        self.attributes = ATTRIBUTES if attributes is None else tuple(attributes)
+        self.paraphrases = split == "train" and attributes is None
 
     def __len__(self) -> int:
         return self.length
@@ -345,8 +360,8 @@ class CaptionedShapes(torch.utils.data.Dataset):
             raise IndexError(f"index {index} is outside a dataset of {self.length} items")
         rng = np.random.default_rng((self.seed, _SPLITS.index(self.split), int(index)))
         scene = sample_scene(rng, self.kind, self.split)
-        plain = self.split != "train" or rng.random() < CANONICAL_SHARE
-        text = caption(scene) if plain else paraphrase(scene, rng)
+        plain = not self.paraphrases or rng.random() < CANONICAL_SHARE
+        text = caption(scene.only(self.attributes)) if plain else paraphrase(scene, rng)
         return scene, text, render(scene, rng, self.size)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str | int]:

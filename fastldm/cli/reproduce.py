@@ -1,0 +1,46 @@
+"""`fastldm reproduce`: the lecture's claims, measured on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+# Those of fastldm.reproduce, which is not imported for --help.
+CLAIMS = ["text-vs-class", "noised-clip", "cfg-vs-clip", "latent-vs-pixel"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "claim", choices=[*CLAIMS, "all"], help="which claim; each takes up to half an hour on two cores"
+    )
+    parser.add_argument(
+        "--out",
+        default="runs/claims",
+        metavar="FOLDER",
+        help="where findings, plots, pictures and trained models go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shipped", action="store_true", help="show what was found on our machine, without training"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from fastldm.reproduce import reproduce, shipped_finding
+    from fastldm.training.extras import require
+
+    claims = CLAIMS if arguments.claim == "all" else [arguments.claim]
+    if not arguments.shipped:
+        for package in ("yaml", "accelerate", "tensorboard"):
+            require(package)
+        require("matplotlib", extra="reproduce")
+    for claim in claims:
+        if arguments.shipped:
+            finding = shipped_finding(claim)
+        else:
+            finding = reproduce(claim, arguments.out, progress=sys.stderr.isatty())
+        print(f"{claim}: {finding.statement}")
+        print(textwrap.fill(finding.verdict, 100))
+        if not arguments.shipped:
+            print((Path(arguments.out) / claim).resolve())

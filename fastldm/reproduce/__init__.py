@@ -1,0 +1,54 @@
+"""The lecture's claims as experiments that anybody can run again: `fastldm reproduce CLAIM`.
+
+A claim is a module with `NAME`, `STATEMENT`, `run(workspace)`, which gives a `Finding` and a grid of
+pictures, and `plot(finding)`. All of them work on the built-in captioned shapes, graded without learned
+weights, from fixed seeds; what they share they train once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+
+from fastldm.errors import InputError
+from fastldm.reproduce.finding import Finding
+from fastldm.reproduce.workspace import Workspace
+
+__all__ = ["CLAIMS", "Finding", "reproduce", "shipped_finding"]
+
+CLAIMS = ("text-vs-class", "noised-clip", "cfg-vs-clip", "latent-vs-pixel")
+
+
+def reproduce(claim: str, folder: str | os.PathLike = "runs/claims", *, progress: bool = True) -> Finding:
+    """Run the experiment of a claim.
+
+    Args:
+        claim: one of `CLAIMS`.
+        folder: gets CLAIM/finding.json, plot.png and pictures.png, and runs/ with what was trained, which a
+            later call uses again.
+        progress: show progress bars.
+
+    Raises:
+        InputError: there is no such claim.
+        ConfigError: `folder` holds runs of other configurations.
+        CheckpointError: something cannot be written there.
+    """
+    module = _module(claim)
+    finding, pictures = module.run(Workspace(Path(folder), progress))
+    finding.save(Path(folder) / claim, module.plot, pictures)
+    return finding
+
+
+def shipped_finding(claim: str) -> Finding:
+    """What the experiment found on our machine; see `fastldm/assets/claims`."""
+    _module(claim)
+    return Finding.load(str(resources.files("fastldm") / "assets" / "claims" / claim))
+
+
+def _module(claim: str) -> ModuleType:
+    if claim not in CLAIMS:
+        raise InputError(f"there is no claim {claim!r}; known are {', '.join(CLAIMS)}")
+    return importlib.import_module(f"fastldm.reproduce.{claim.replace('-', '_')}")

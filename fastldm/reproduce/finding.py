@@ -1,0 +1,125 @@
+"""What a claim's experiment found: numbers with intervals, a verdict, and their files."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from fastldm._version import __version__
+from fastldm.errors import CheckpointError
+from fastldm.evaluation.statistics import Score
+from fastldm.io import atomic_write
+from fastldm.pictures import png_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FINDING, PLOT, PICTURES = "finding.json", "plot.png", "pictures.png"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number: `quantity` under `setting`, its 95% interval, and from how many samples (pictures, "
+    "runs)."""
+
+    quantity: str
+    setting: Mapping[str, str | float]
+    value: float
+    interval: tuple[float, float]
+    count: int
+
+    @classmethod
+    def of_score(cls, quantity: str, score: Score, **setting: str | float) -> Measurement:
+        return cls(quantity, setting, score.accuracy, score.interval, score.total)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ({self.interval[0]:.3g} to {self.interval[1]:.3g})"
+
+
+@dataclass
+class Finding:
+    """The outcome of one claim.
+
+    `holds` is True or False where the interval of what the claim compares leaves no doubt, else None.
+    `settings` is what somebody needs to know to judge the numbers: sizes, steps, seconds.
+    """
+
+    claim: str
+    statement: str
+    holds: bool | None
+    verdict: str
+    measurements: list[Measurement]
+    settings: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+
+    def select(self, quantity: str, **setting: str | float) -> list[Measurement]:
+        """The measurements of a quantity whose setting has these entries, in the order in which they came."""
+        return [
+            m
+            for m in self.measurements
+            if m.quantity == quantity and all(m.setting.get(key) == value for key, value in setting.items())
+        ]
+
+    def save(
+        self, folder: str | os.PathLike, plot: Callable[[Finding], Figure], pictures: Image.Image
+    ) -> None:
+        """Write finding.json, plot.png and pictures.png into `folder`, made if needed."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(folder / PICTURES, png_bytes(pictures))
+            atomic_write(folder / FINDING, json.dumps(asdict(self), indent=2) + "\n")
+            self.save_plot(folder / PLOT, plot)
+        except OSError as error:
+            raise CheckpointError(f"cannot write the finding to {folder}: {error}") from error
+
+    def save_plot(self, path: str | os.PathLike, plot: Callable[[Finding], Figure]) -> None:
+        import io
+
+        buffer = io.BytesIO()
+        # Without the writer's version in it, the same finding gives the same bytes.
+        plot(self).savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+        atomic_write(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Finding:
+        """Read what `save` wrote."""
+        path = Path(folder) / FINDING
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            measurements = [
+                Measurement(**{**m, "interval": tuple(m["interval"])}) for m in values.pop("measurements")
+            ]
+            return cls(measurements=measurements, **values)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"cannot read a finding from {path}: {error}") from error
+
+
+def judge(interval: tuple[float, float], margin: float = 0.0) -> bool | None:
+    """Whether a difference is above `margin`: True or False where its interval says so, else None."""
+    low, high = interval
+    return True if low > margin else False if high <= margin else None
+
+
+def says(holds: bool | None) -> str:
+    """The beginning of a verdict."""
+    return {True: "The claim holds here", False: "The claim does not hold here", None: "Undecided here"}[
+        holds
+    ]
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fastldm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }

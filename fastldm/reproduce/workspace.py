@@ -1,0 +1,67 @@
+"""Where a claim's experiment runs: its folder, its trained parts, its progress."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastldm.errors import ConfigError
+from fastldm.training.config import TrainingConfig, differing_keys, load_config, to_mapping
+from fastldm.training.loop import Task, train
+
+
+@dataclass
+class Workspace:
+    """A folder for the trained parts, which claims share, and what is shown meanwhile.
+
+    Args:
+        folder: runs and findings go there.
+        progress: show progress bars.
+    """
+
+    folder: Path
+    progress: bool = True
+    started: set[str] = field(default_factory=set)
+
+    def trained(
+        self,
+        kind: type[TrainingConfig],
+        task: Callable[[Any], Task],
+        config: str,
+        overrides: Sequence[str] = (),
+    ) -> tuple[Path, float]:
+        """The exported model of a run, trained now unless the folder has it; and the seconds it trained.
+
+        A run that was killed goes on where it stopped; the seconds are then those of its last part.
+
+        Raises:
+            ConfigError: the folder holds a run of this name with another configuration.
+        """
+        settings = load_config(kind, config, [f"output_dir={self.folder / 'runs'}", *overrides])
+        run = Path(settings.output_dir) / settings.name
+        stamp = run / "seconds.txt"
+        if stamp.is_file():
+            before = load_config(kind, run / "config.yaml")
+            if changed := set(differing_keys(to_mapping(before), to_mapping(settings))) - {"output_dir"}:
+                raise ConfigError(
+                    f"{run} was trained with other values of {', '.join(sorted(changed))}; remove it or "
+                    f"give another --out"
+                )
+            return run / "model", float(stamp.read_text())
+        start = time.perf_counter()
+        model = train(settings, lambda: task(settings), resume=True, progress=self.progress)
+        seconds = time.perf_counter() - start
+        stamp.write_text(f"{seconds:.1f}\n")
+        return model, seconds
+
+    def fresh(self, name: str) -> Path:
+        """A folder below this one, which an earlier call of this process may have made, empty at first."""
+        folder = self.folder / "runs" / name
+        if name not in self.started:
+            shutil.rmtree(folder, ignore_errors=True)
+            self.started.add(name)
+        return folder
