@@ -38,9 +38,12 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
     said = {}
     for name, outcome in outcomes.items():
         diversity, (low, high) = pairs.diversity(outcome.samples)
-        said[name] = (
-            f"{100 * outcome.score.accuracy:.1f}% at diversity {diversity:.3f} ({low:.3f} to {high:.3f})"
+        even = (
+            "unknown diversity"
+            if diversity is None
+            else f"diversity {diversity:.3f} ({low:.3f} to {high:.3f})"
         )
+        said[name] = f"{100 * outcome.score.accuracy:.1f}% at {even}"
     verdict = (
         f"{says(holds)}. Colour and shape are both right in {said[_NONE]} of the pictures without "
         f"guidance, in "
@@ -69,9 +72,10 @@ def plot(finding: Finding) -> Figure:
     for name in (_CLIP, _FREE, _NONE):
         accuracy = finding.select("accuracy", guidance=name, stage="tried")
         diversity = finding.select("diversity", guidance=name, stage="tried")
-        x, y = [row.value for row in diversity], [100 * row.value for row in accuracy]
+        known = [(a, d) for a, d in zip(accuracy, diversity) if d.value is not None]
+        x, y = [d.value for _, d in known], [100 * a.value for a, _ in known]
         (line,) = axes.plot(x, y, marker="o", label=f"guidance: {name}")
-        for row, at in zip(accuracy, zip(x, y)):
+        for (row, _), at in zip(known, zip(x, y)):
             axes.annotate(
                 f"{row.setting['scale']:g}",
                 at,

@@ -32,7 +32,7 @@ class Measurement:
 
     quantity: str
     setting: Mapping[str, str | float]
-    value: float
+    value: float | None
     interval: tuple[float, float]
     count: int
 

@@ -111,11 +111,12 @@ def score(samples: Sequence[Sample], attribute: str = "all") -> Score:
     return Score(sum(s.right[attribute] for s in samples), len(samples))
 
 
-def diversity(samples: Sequence[Sample]) -> tuple[float, tuple[float, float]]:
+def diversity(samples: Sequence[Sample]) -> tuple[float | None, tuple[float, float]]:
     """The probability that two right pictures of one pair differ in size or place, and its 95% interval.
 
     Simpson's index without its bias (1949), the mean over pairs; what the caption leaves open is 1 - 1/8 =
-    0.875 where all eight combinations are equally likely. The interval comes from the spread over pairs.
+    0.875 where all eight combinations are equally likely. The interval comes from the spread over pairs;
+    with two right pictures of fewer than two pairs nothing is known, and the value is None.
     """
     cells: dict[Pair, list[int]] = {}
     for s in samples:
@@ -124,7 +125,7 @@ def diversity(samples: Sequence[Sample]) -> tuple[float, tuple[float, float]]:
             cells.setdefault(s.pair, []).append(SIZES.index(size) * len(PLACES) + PLACES.index(place))
     values = [_simpson(found) for found in cells.values() if len(found) > 1]
     if len(values) < 2:
-        return float("nan"), (0.0, 1.0)
+        return None, (0.0, 1.0)
     return bootstrap([values], np.mean)
 
 

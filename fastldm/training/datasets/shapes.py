@@ -343,6 +343,8 @@ class CaptionedShapes(torch.utils.data.Dataset):
         _check("kind", kind, _KINDS)
         for name in attributes or ():
             _check("attribute", name, ATTRIBUTES)
+        if attributes is not None and "shape" not in attributes:
+            raise InputError(f"attributes {list(attributes)}: captions always name the shape; add it")
         if size < 32 or size % 8:
             raise InputError(f"picture size {size} cannot be drawn; give a multiple of 8 that is at least 32")
         if length < 1 or seed < 0:
