@@ -42,9 +42,9 @@ def drawn(pair, size, place, seed):
         ((-0.2, -0.01), 0, False),
         ((-0.1, 0.1), 0, None),
         ((0.8, 0.9), 1, False),
+        ((1.2, 1.4), 1, True),
         ((0.0, 0.1), 0, None),
         ((-0.1, 0.0), 0, False),
-        ((1.2, 1.4), 1, True),
     ],
 )
 def test_a_claim_holds_only_where_its_interval_says_so(interval, margin, holds):
