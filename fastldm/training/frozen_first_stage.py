@@ -52,7 +52,6 @@ class FrozenFirstStage:
     Attributes:
         model: in evaluation mode, without gradients.
         shape: (C, h, w) of the latents.
-        schedule: of the pipeline that `config.path` names; None for a first stage alone.
         scaling_factor: None until `start`, where it is measured.
 
     Raises:
@@ -62,7 +61,7 @@ class FrozenFirstStage:
 
     def __init__(self, config: FrozenFirstStageConfig, size: int, seed: int) -> None:
         self.path, self.seed = config.path, seed
-        self.schedule: NoiseSchedule | None = None
+        self._pipeline: Path | None = None
         self.sha256: str | None = None
         known = self._load(config.path)
         self.model.requires_grad_(False).eval()
@@ -107,14 +106,20 @@ class FrozenFirstStage:
         self.model = folders.load_part(folder, index, FIRST_STAGE_PARTS, FIRST_STAGES)
         part = next(name for name in FIRST_STAGE_PARTS if folders.part_class(index, name))
         self.sha256 = _hash(folder / part)
-        self.schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+        self._pipeline = folder
         return self.model.config.scaling_factor
+
+    @property
+    def schedule(self) -> NoiseSchedule | None:
+        """Of the pipeline that `config.path` names; None for a first stage alone."""
+        if self._pipeline is None:
+            return None
+        return NoiseSchedule.from_config(read_json(self._pipeline / "scheduler" / "scheduler_config.json"))
 
     def noise(self, schedule: dict[str, Any]) -> NoiseSchedule:
         """Of a model that guides diffusion here: from a configuration, else the pipeline's, else defaults."""
-        if not schedule and self.schedule is not None:
-            return self.schedule
-        return NoiseSchedule.from_config({"clip_sample": False, **schedule})
+        own = None if schedule else self.schedule
+        return NoiseSchedule.from_config({"clip_sample": False, **schedule}) if own is None else own
 
     def to(self, device: torch.device) -> None:
         self.device = device

@@ -225,5 +225,11 @@ def test_a_pipeline_in_pixels_samples_saves_and_loads(pixels, tmp_path):
 def test_a_guide_of_pictures_guides_pixels_and_no_latents(pixels):
     of_pictures = {"shape": (3, 16, 16), "latents": None}
     pixels("a star", gradient=guide(pixels, **of_pictures), **CALL)
+    scaled = LatentDiffusionPipeline(
+        pixels.first_stage, pixels.conditioner, pixels.unet, pixels.schedule, 2.0
+    )
+    scaled("a star", gradient=guide(scaled, shape=(3, 16, 16)), **CALL)
+    with pytest.raises(InputError, match=r"trained on pictures \(3, 16, 16\).* diffuses latents"):
+        scaled("a star", gradient=guide(scaled, **of_pictures), **CALL)
     with pytest.raises(InputError, match=r"trained on latents \(3, 16, 16\).* diffuses pictures"):
         pixels("a star", gradient=guide(pixels, shape=(3, 16, 16), latents=Latents(1.0)), **CALL)
