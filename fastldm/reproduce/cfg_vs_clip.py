@@ -24,14 +24,14 @@ _FREE_SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
-    pipeline, seconds = pairs.text_model(workspace)
-    clip, clip_seconds = clip_model(workspace, noised=True)
+    guided, seconds = pairs.text_model(workspace)
+    clip, clip_seconds = clip_model(workspace, guided, noised=True)
     arms = [
         Arm(_NONE, (1.0,), lambda some, scale: pairs.by_caption(scale)(some)),
         clip_guided(_CLIP, clip, captioned=True),
         Arm(_FREE, _FREE_SCALES, lambda some, scale: pairs.by_caption(scale)(some)),
     ]
-    outcomes, measurements = compare(pipeline, arms, workspace)
+    outcomes, measurements = compare(guided, arms, workspace)
     value, interval = difference(outcomes[_FREE].score, outcomes[_CLIP].score)
     measurements.append(Measurement("difference", {}, value, interval, MEASURED * len(SEEN_PAIRS)))
     holds = judge(interval)

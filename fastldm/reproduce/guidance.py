@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastldm.evaluation.statistics import Score
@@ -48,9 +49,14 @@ class Outcome:
         return pairs.score(self.samples)
 
 
-def clip_model(workspace: Workspace, *, noised: bool) -> tuple[CLIPScorer, float]:
-    """CLIP on latents, clean or noised as in diffusion, and the seconds it trained."""
-    overrides = ["name=pairs-clip-noised", "noised=true"] if noised else []
+def clip_model(workspace: Workspace, guided: Path, *, noised: bool) -> tuple[CLIPScorer, float]:
+    """CLIP on the latents of the pipeline in the folder `guided`, and the seconds it trained.
+
+    Args:
+        noised: train on latents noised as that pipeline's are, with the timestep; else on clean ones.
+    """
+    overrides = [f"first_stage.path={guided}"]
+    overrides += ["name=pairs-clip-noised", "noised=true"] if noised else []
     folder, seconds = workspace.trained(CLIPTrainingConfig, CLIPTask, "pairs-clip", overrides)
     return CLIPScorer.from_pretrained(folder), seconds
 
@@ -71,9 +77,10 @@ def clip_guided(name: str, clip: CLIPScorer, *, captioned: bool) -> Arm:
 
 
 def compare(
-    pipeline: LatentDiffusionPipeline, arms: Sequence[Arm], workspace: Workspace
+    guided: Path, arms: Sequence[Arm], workspace: Workspace
 ) -> tuple[dict[str, Outcome], list[Measurement]]:
-    """Tries the scales of each arm, and measures the best on fresh captions and noise."""
+    """Tries the scales of each arm on the pipeline in the folder `guided`, and measures the best afresh."""
+    pipeline = LatentDiffusionPipeline.from_pretrained(guided)
     outcomes, measurements = {}, []
 
     def draw(arm: Arm, scale: float, times: int, seed: int) -> list[pairs.Sample]:

@@ -28,15 +28,15 @@ _CLEAN, _NOISED, _NONE = "clean CLIP", "noised CLIP", "none"
 
 
 def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
-    pipeline, seconds = pairs.text_model(workspace)
-    clean, clean_seconds = clip_model(workspace, noised=False)
-    noised, noised_seconds = clip_model(workspace, noised=True)
+    guided, seconds = pairs.text_model(workspace)
+    clean, clean_seconds = clip_model(workspace, guided, noised=False)
+    noised, noised_seconds = clip_model(workspace, guided, noised=True)
     arms = [
         Arm(_NONE, (1.0,), lambda some, scale: {"prompt": [""] * len(some), "guidance_scale": scale}),
         clip_guided(_CLEAN, clean, captioned=False),
         clip_guided(_NOISED, noised, captioned=False),
     ]
-    outcomes, measurements = compare(pipeline, arms, workspace)
+    outcomes, measurements = compare(guided, arms, workspace)
     value, interval = difference(outcomes[_NOISED].score, outcomes[_CLEAN].score)
     measurements.append(Measurement("difference", {}, value, interval, MEASURED * len(SEEN_PAIRS)))
     holds = judge(interval)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,9 @@ def label(pair: Pair) -> int:
     return PAIRS.index(pair)
 
 
-def text_model(workspace: Workspace) -> tuple[LatentDiffusionPipeline, float]:
-    """Latent diffusion on captions, and the seconds it trained."""
-    folder, seconds = workspace.trained(LatentDiffusionConfig, LatentDiffusionTask, "pairs-text")
-    return LatentDiffusionPipeline.from_pretrained(folder), seconds
+def text_model(workspace: Workspace) -> tuple[Path, float]:
+    """The folder of latent diffusion on captions, and the seconds it trained."""
+    return workspace.trained(LatentDiffusionConfig, LatentDiffusionTask, "pairs-text")
 
 
 def repeated(pairs: Sequence[Pair], times: int) -> list[Pair]:

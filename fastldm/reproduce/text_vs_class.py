@@ -39,12 +39,12 @@ _SETS = {"seen": SEEN_PAIRS, "held-out": HELD_OUT_PAIRS}
 
 def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
     text, text_seconds = pairs.text_model(workspace)
-    folder, class_seconds = workspace.trained(
+    labels, class_seconds = workspace.trained(
         LatentDiffusionConfig, LatentDiffusionTask, "pairs-text", _CLASS
     )
     models = {
-        "text": (text, pairs.by_caption(_SCALE)),
-        "class": (LatentDiffusionPipeline.from_pretrained(folder), _by_label),
+        "text": (LatentDiffusionPipeline.from_pretrained(text), pairs.by_caption(_SCALE)),
+        "class": (LatentDiffusionPipeline.from_pretrained(labels), _by_label),
     }
     measurements, scores, groups = [], {}, []
     for split, known in _SETS.items():

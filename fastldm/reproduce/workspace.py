@@ -54,8 +54,8 @@ class Workspace:
             return run / "model", float(stamp.read_text())
         start = time.perf_counter()
         model = train(settings, lambda: task(settings), resume=True, progress=self.progress)
-        seconds = time.perf_counter() - start
-        stamp.write_text(f"{seconds:.1f}\n")
+        seconds = round(time.perf_counter() - start, 1)
+        stamp.write_text(f"{seconds}\n")
         return model, seconds
 
     def fresh(self, name: str) -> Path:

@@ -1,0 +1,92 @@
+"""Every claim runs from its training to its files, with models that have hardly trained."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from fastldm.cli import main
+from fastldm.errors import ConfigError
+from fastldm.reproduce import (
+    CLAIMS,
+    cfg_vs_clip,
+    guidance,
+    latent_vs_pixel,
+    pairs,
+    reproduce,
+    text_vs_class,
+    workspace,
+)
+from fastldm.training import config as configs
+
+TINY = {
+    "pairs-text": [
+        "max_steps=2",
+        "batch_size=4",
+        "data.length=8",
+        "unet.block_out_channels=[16, 16]",
+    ],
+    "pairs-clip": ["max_steps=2", "batch_size=4", "data.length=8"],
+}
+
+
+@pytest.fixture
+def hardly_trained(monkeypatch):
+    """Trains two steps and draws few pictures."""
+    load = configs.load_config
+
+    def tiny(cls, source, overrides=()):
+        return load(cls, source, [*overrides, *TINY.get(str(source), [])])
+
+    monkeypatch.setattr(workspace, "load_config", tiny)
+    monkeypatch.setattr(pairs, "STEPS", 2)
+    monkeypatch.setattr(text_vs_class, "_PICTURES", 21)
+    for name, value in (("TRIED", 1), ("MEASURED", 1), ("CLIP_SCALES", (1.0, 2.0))):
+        monkeypatch.setattr(guidance, name, value)
+    monkeypatch.setattr(cfg_vs_clip, "_FREE_SCALES", (2.0,))
+    monkeypatch.setattr(latent_vs_pixel, "_TURNS", 1)
+    monkeypatch.setattr(latent_vs_pixel, "_TURN_SECONDS", 0)
+    monkeypatch.setattr(latent_vs_pixel, "_CALIBRATION_STEPS", 1)
+    monkeypatch.setattr(latent_vs_pixel, "_PICTURES", 21)
+    monkeypatch.setattr(latent_vs_pixel, "_ROUNDS", 1)
+    monkeypatch.setattr(latent_vs_pixel, "_SAMPLED", 2)
+    small = ("data.length=4", "batch_size=2")
+    monkeypatch.setattr(latent_vs_pixel, "_COMMON", (*latent_vs_pixel._COMMON, *small))
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_claim_writes_what_it_found(claim, hardly_trained, tmp_path):
+    finding = reproduce(claim, tmp_path, progress=False)
+    assert finding.claim == claim
+    # Models that have not learned anything support no claim about accuracy.
+    assert finding.holds is not True
+    (gain,) = finding.select("difference")
+    assert gain.interval[0] <= gain.value <= gain.interval[1]
+    written = json.loads((tmp_path / claim / "finding.json").read_text(), parse_constant=pytest.fail)
+    assert written["verdict"] == finding.verdict
+    assert written["versions"]["torch"]
+    for name in ("plot.png", "pictures.png"):
+        with Image.open(tmp_path / claim / name) as picture:
+            assert min(picture.size) > 100
+
+
+def test_what_claims_share_is_trained_once(hardly_trained, tmp_path, monkeypatch):
+    reproduce("noised-clip", tmp_path, progress=False)
+    monkeypatch.setattr(workspace, "train", lambda *a, **k: pytest.fail("trained again"))
+    first = (tmp_path / "noised-clip" / "finding.json").read_text()
+    reproduce("noised-clip", tmp_path, progress=False)
+    assert (tmp_path / "noised-clip" / "finding.json").read_text() == first
+    reproduce("cfg-vs-clip", tmp_path, progress=False)
+
+
+def test_a_folder_with_other_models_is_refused(hardly_trained, tmp_path, monkeypatch):
+    reproduce("text-vs-class", tmp_path, progress=False)
+    monkeypatch.setitem(TINY, "pairs-text", [*TINY["pairs-text"], "optimizer.lr=0.5"])
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
+        reproduce("text-vs-class", tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_the_shipped_findings_are_shown(claim, capsys):
+    assert main(["reproduce", claim, "--shipped"]) == 0
+    assert claim in capsys.readouterr().out
