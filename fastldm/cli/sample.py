@@ -16,6 +16,7 @@ from fastldm.cli.common import (
     use_backend,
     write_file,
 )
+from fastldm.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Karras spacing of noise levels (euler, heun, dpmpp_2m, unipc, ...)",
     )
+    parser.add_argument(
+        "--clip", metavar="FOLDER", help="a CLIP whose gradient guides to the captions (`fastldm train clip`)"
+    )
+    parser.add_argument(
+        "--clip-scale", type=finite_scale, metavar="S", help="multiplies the gradient of --clip (default: 1)"
+    )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures per caption")
     parser.add_argument(
         "--out", default="sample.png", metavar="FILE", help="PNG to write (default: %(default)s)"
@@ -41,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     captions = _captions(arguments.prompt)
+    if arguments.clip_scale is not None and arguments.clip is None:
+        raise InputError("--clip-scale is for --clip FOLDER; add the folder of a CLIP")
     out = Path(arguments.out)
     check_png(out)
     check_writable(out)
@@ -50,9 +59,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     import fastldm
     from fastldm.pictures import grid, png_bytes
+    from fastldm.systems.clip import CLIPScorer
 
     with use_backend(arguments.backend):
         pipeline = load_pipeline(arguments)
+        guide = None
+        if arguments.clip is not None:
+            guide = CLIPScorer.from_pretrained(arguments.clip).to(pipeline.device).gradient(captions)
         loaded = time.perf_counter()
         with fastldm.record() as calls:
             images = pipeline(
@@ -65,6 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
                 karras=arguments.karras,
                 generator=torch.Generator().manual_seed(arguments.seed),
                 progress=sys.stderr.isatty(),
+                gradient=guide,
+                gradient_scale=1.0 if arguments.clip_scale is None else arguments.clip_scale,
             ).images
         sampled = time.perf_counter()
     if len(images) == 1:

@@ -1,4 +1,4 @@
-"""`fastldm train vq|ldm|clip`."""
+"""`fastldm train vq|ldm|clip|classifier`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind",
-        choices=["vq", "ldm", "clip"],
-        help="vq: first stage (VQ-VAE or KL); ldm: latent diffusion on a first stage; "
-        "clip: pictures against captions",
+        choices=["vq", "ldm", "clip", "classifier"],
+        help="vq: first stage (VQ-VAE or KL); ldm: diffusion on its latents or in pixels; "
+        "clip: pictures against captions; classifier: classes of noisy pictures",
     )
     parser.add_argument(
         "--config", required=True, metavar="NAME|FILE", help="a shipped configuration or a YAML file"
@@ -31,12 +31,15 @@ def run(arguments: argparse.Namespace) -> None:
         "vq": configs.FirstStageConfig,
         "ldm": configs.LatentDiffusionConfig,
         "clip": configs.CLIPTrainingConfig,
+        "classifier": configs.ClassifierConfig,
     }
     config = configs.load_config(classes[arguments.kind], arguments.config, arguments.overrides)
     if arguments.kind == "vq":
         from fastldm.training.first_stage_task import FirstStageTask as Task
     elif arguments.kind == "clip":
         from fastldm.training.clip import CLIPTask as Task
+    elif arguments.kind == "classifier":
+        from fastldm.training.classifier import ClassifierTask as Task
     else:
         from fastldm.training.latent_diffusion import LatentDiffusionTask as Task
     from fastldm.training.loop import train

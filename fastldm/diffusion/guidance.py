@@ -206,20 +206,17 @@ def gradient_guided(
     The score form of Dhariwal and Nichol 2021, algorithm 2, as for DDIM. For x0 and velocity it is what that
     change of the noise makes of them. For DDPM's mean form, give `sample_ddpm` the gradient instead.
 
+    At zero SNR, where a rescaled schedule ends, x_t is noise alone: no probability given x_t depends on it,
+    so there is nothing to follow, and x0 is no function of x_t and the noise. That timestep is not guided.
+
     Args:
         denoiser: of the schedule's `prediction_type`.
         gradient: `classifier_gradient`, `clip_gradient`, or any other.
 
     Raises:
-        InputError: if `scale` is not finite, or the schedule ends at zero SNR, where noise and x do not give
-            x0 and the score form does not exist.
+        InputError: if `scale` is not finite.
     """
     scale = finite("guidance scale", scale)
-    if bool((schedule.alphas_cumprod == 0).any()):
-        raise InputError(
-            "gradient guidance with a schedule of zero terminal SNR is not defined at its last timestep: "
-            "use classifier-free guidance, or rescale_betas_zero_snr=False"
-        )
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         alpha_bar = schedule.alpha_bar(x, t)
@@ -229,6 +226,7 @@ def gradient_guided(
             "sample": sigma**2 / alpha,
             "v_prediction": -sigma / alpha,
         }[schedule.prediction_type]
+        factor = torch.where(alpha_bar > 0, factor, 0)
         output = denoiser(x, t)
         return output + (scale * factor * gradient(x, t)).to(output.dtype)
 

@@ -221,7 +221,10 @@ class NoiseSchedule:
             below = t.floor().long()
             above = (below + 1).clamp(max=self.num_train_timesteps - 1)
             low, high = ((1 / alphas_cumprod[i].double() - 1) ** 0.5 for i in (below, above))
-            alpha_bar = 1 / (1 + torch.lerp(low, high, t.double() - below) ** 2)
+            weight = t.double() - below
+            # At zero SNR sigma is infinite, and 0 times that is not a number.
+            sigma = torch.where(weight > 0, torch.lerp(low, high, weight), low)
+            alpha_bar = 1 / (1 + sigma**2)
         else:
             alpha_bar = alphas_cumprod[t]
         alpha_bar = alpha_bar.to(like.device, torch.promote_types(like.dtype, torch.float32))

@@ -20,6 +20,7 @@ _NAMES = {
     "LDMBertModel": "fastldm.models.text_transformer",
     "Model": "fastldm.models.base",
     "NoisyClassifier": "fastldm.models.classifier",
+    "PixelSpace": "fastldm.models.pixel_space",
     "SpatialConditioner": "fastldm.models.conditioners",
     "TextConditioner": "fastldm.models.conditioners",
     "Tokenizer": "fastldm.models.tokenizer",

@@ -118,6 +118,16 @@ class AutoencoderKL(Model):
         self.tile_latent_min_size = side // 2 ** (len(block_out_channels) - 1)
         self.tile_overlap_factor = 0.25
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that `encode` gives."""
+        return self.config.latent_channels
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per latent position, along each side."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
     def enable_slicing(self, enabled: bool = True) -> None:
         """Encode and decode one picture at a time: the same result with the memory of a batch of one."""
         self.use_slicing = enabled

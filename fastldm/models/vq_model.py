@@ -76,6 +76,17 @@ class VQModel(Model):
         self.post_quant_conv = nn.Conv2d(vq_embed_dim, latent_channels, 1)
         self.decoder = Decoder(latent_channels, out_channels, block_types=up_block_types, **shared)
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that `encode` gives."""
+        config = self.config
+        return config.latent_channels if config.vq_embed_dim is None else config.vq_embed_dim
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per latent position, along each side."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
     def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
         """Picture (B, in_channels, H, W) to latents (B, vq_embed_dim, h, w), not yet quantised."""
         latents = self.quant_conv(self.encoder(x))

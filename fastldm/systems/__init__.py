@@ -1,6 +1,7 @@
 """The named systems: each a composition of models and diffusion."""
 
+from fastldm.systems.classifier import ClassifierGuide
 from fastldm.systems.clip import CLIPScorer
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 
-__all__ = ["CLIPScorer", "LatentDiffusionPipeline"]
+__all__ = ["CLIPScorer", "ClassifierGuide", "LatentDiffusionPipeline"]

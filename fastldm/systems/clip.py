@@ -1,6 +1,7 @@
 """CLIP at work (Radford et al. 2021): the loss it is trained by, and scores of pictures against captions.
 
-With a noise schedule it is noised CLIP (Nichol et al. 2022, section 2.4), which sees x_t ~ q(x_t | x_0).
+With a noise schedule it is noised CLIP (Nichol et al. 2022, section 2.4), which sees x_t ~ q(x_t | x_0); it
+may also have been trained on the latents of a first stage, to guide diffusion there.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastldm.diffusion.guidance import Gradient, clip_gradient
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
 from fastldm.io import atomic_write
 from fastldm.models.clip import CLIPModel, contrastive_loss, normalised
 from fastldm.models.clip_tokenizer import CLIPTokenizer
 from fastldm.models.weights import read_json, resolve_folder
+from fastldm.systems.guides import Guide, GuideSpace, Latents, read_latents, read_schedule
 
 # Of the pictures that OpenAI trained on, per channel of [0, 1].
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _PREPROCESSOR = "preprocessor_config.json"
-_SCHEDULER = "scheduler_config.json"
+# What is in [-1, 1], or a latent, goes into the tower as it is.
+_HALF = 0.5
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 
@@ -58,6 +62,7 @@ class CLIPScorer:
         tokenizer: fits the text tower.
         image_mean, image_std: per channel of pictures in [0, 1].
         schedule: of noised CLIP, whose pictures are x_t; None for pictures without noise.
+        latents: those that the image tower takes in the place of pictures; they have no mean or deviation.
 
     Raises:
         ConfigError: if the parts do not fit each other.
@@ -70,6 +75,7 @@ class CLIPScorer:
         image_mean: Sequence[float] = OPENAI_MEAN,
         image_std: Sequence[float] = OPENAI_STD,
         schedule: NoiseSchedule | None = None,
+        latents: Latents | None = None,
     ) -> None:
         text, vision = model.text_model.config, model.vision_model.config
         if tokenizer.max_length > text.max_position_embeddings or tokenizer.vocab_size > text.vocab_size:
@@ -77,13 +83,15 @@ class CLIPScorer:
                 f"the tokenizer makes up to {tokenizer.max_length} tokens of {tokenizer.vocab_size} kinds, "
                 f"the text tower takes {text.max_position_embeddings} of {text.vocab_size}; give its own"
             )
+        if latents is not None:
+            image_mean = image_std = (_HALF,) * vision.num_channels
         if not len(image_mean) == len(image_std) == vision.num_channels:
             raise ConfigError(
                 f"{len(image_mean)} means and {len(image_std)} deviations for {vision.num_channels} channels"
             )
         if schedule is not None and not vision.timestep_conditioning:
             raise ConfigError("a noise schedule is for an image tower with timestep_conditioning=True")
-        self.model, self.tokenizer, self.schedule = model, tokenizer, schedule
+        self.model, self.tokenizer, self.schedule, self.latents = model, tokenizer, schedule, latents
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
 
     def to(self, *args, **kwargs) -> CLIPScorer:
@@ -96,11 +104,17 @@ class CLIPScorer:
 
         Args:
             pictures: PIL images of any size, whose shorter side is made image_size (bicubic) and whose centre
-                is cut out; or float (B, C, image_size, image_size) in [-1, 1].
+                is cut out; or float (B, C, image_size, image_size) in [-1, 1]. A CLIP of latents takes scaled
+                latents (B, C, image_size, image_size), as `LatentDiffusionPipeline.encode` gives them.
 
         Raises:
             InputError: for anything else.
         """
+        if self.latents is not None and not isinstance(pictures, Tensor):
+            raise InputError(
+                f"this CLIP takes latents {self.space.shape}, not pictures; give `pipeline.encode(pictures)` "
+                "of the pipeline that it was trained to guide"
+            )
         if isinstance(pictures, Image.Image):
             pictures = [pictures]
         if isinstance(pictures, Tensor):
@@ -173,9 +187,35 @@ class CLIPScorer:
             similarity = self.encode_images(pictures, timestep) @ normalised(classes).T
             return (similarity * self.model.logit_scale.float().exp()).softmax(dim=-1)
 
+    @property
+    def space(self) -> GuideSpace:
+        """What the image tower was trained on."""
+        vision = self.model.vision_model.config
+        side = vision.image_size
+        return GuideSpace((vision.num_channels, side, side), self.latents, self.schedule)
+
+    def gradient(self, captions: str | Sequence[str]) -> Guide:
+        """The gradient of exp(logit_scale) f(x_t) . g(caption), to guide diffusion (`clip_gradient`).
+
+        Noised CLIP is told t. Another one takes x_t for a picture without noise and guides worse.
+
+        Args:
+            captions: one, or one per prompt.
+        """
+
+        def features(x: Tensor, t: Tensor) -> Tensor:
+            timestep = None if self.schedule is None else t.to(self.model.device)
+            return self.model.get_image_features(self.prepare(x), timestep).pooler_output
+
+        def bind(texts: Tensor) -> Gradient:
+            return clip_gradient(features, texts, self.model.logit_scale.detach())
+
+        return Guide(bind, self.encode_texts(captions), self.space)
+
     def save_pretrained(self, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
         """Write the folder of a CLIP: model, tokenizer and `preprocessor_config.json`, as transformers reads
-        them; noised CLIP, which transformers does not know, also has its `scheduler_config.json`."""
+        them; noised CLIP, which transformers does not know, also has its `scheduler_config.json`, and one of
+        latents `latents.json` in the place of a preprocessor."""
         folder, side = Path(path), self.model.vision_model.config.image_size
         config = {
             "image_processor_type": "CLIPImageProcessor",
@@ -191,10 +231,9 @@ class CLIPScorer:
         self.model.save_pretrained(folder, dtype=dtype)
         try:
             self.tokenizer.save_pretrained(folder)
-            atomic_write(folder / _PREPROCESSOR, json.dumps(config, indent=2) + "\n")
-            if self.schedule is not None:
-                schedule = self.schedule.to_config("DDPMScheduler")
-                atomic_write(folder / _SCHEDULER, json.dumps(schedule, indent=2) + "\n")
+            if self.latents is None:
+                atomic_write(folder / _PREPROCESSOR, json.dumps(config, indent=2) + "\n")
+            self.space.save(folder)
         except OSError as error:
             raise CheckpointError(f"cannot save CLIP to {folder}: {error}") from error
 
@@ -216,10 +255,9 @@ class CLIPScorer:
         window = model.text_model.config.max_position_embeddings
         tokenizer = CLIPTokenizer.from_pretrained(folder, max_length=window)
         mean, std = _read_preprocessor(folder / _PREPROCESSOR, model.vision_model.config.image_size)
-        schedule = folder / _SCHEDULER
+        latents = read_latents(folder)
         try:
-            schedule = NoiseSchedule.from_config(read_json(schedule)) if schedule.is_file() else None
-            return cls(model, tokenizer, mean, std, schedule)
+            return cls(model, tokenizer, mean, std, read_schedule(folder), latents)
         except ConfigError as error:
             raise CheckpointError(f"{folder}: {error}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,35 @@ def part_class(index: Mapping[str, Any], part: str) -> str | None:
     """The class name that `index` gives for a part, or None if the pipeline has no such part."""
     entry = index.get(part)
     return entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
+
+
+def load_part(
+    folder: Path,
+    index: Mapping[str, Any],
+    names: Sequence[str],
+    classes: Mapping[str, Any],
+    how: Mapping[str, Any] | None = None,
+) -> Any:
+    """The part under the first of `names` that the index has.
+
+    Args:
+        classes: those that the part may be of, by name.
+        how: options of their `from_pretrained`.
+
+    Raises:
+        CheckpointError: if the pipeline has no such part, or it is of another class.
+    """
+    for name in names:
+        found = part_class(index, name)
+        if found in classes:
+            return classes[found].from_pretrained(folder, subfolder=name, **(how or {}))
+        if found is not None:
+            raise CheckpointError(f"{folder}/{name} is a {found}; fastldm reads {' or '.join(classes)} there")
+    kind = index.get("_class_name", "pipeline")
+    raise CheckpointError(
+        f"{folder} (a {kind}) has no part {' or '.join(names)}; a latent diffusion folder holds "
+        "vqvae, unet, scheduler, and bert with tokenizer or conditioner"
+    )
 
 
 @contextmanager

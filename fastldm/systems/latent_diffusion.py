@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastldm.diffusion.guidance import Denoiser, classifier_free
+from fastldm.diffusion.guidance import Denoiser, Gradient, classifier_free, finite, gradient_guided
 from fastldm.diffusion.samplers import DRAWING, SAMPLERS, Generators, noise_levels, randn
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
@@ -32,6 +32,7 @@ from fastldm.models.conditioners import (
     predict,
 )
 from fastldm.models.outputs import Output
+from fastldm.models.pixel_space import PixelSpace
 from fastldm.models.text_transformer import LDMBertModel
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet2DConditionModel
@@ -39,13 +40,21 @@ from fastldm.models.vq_model import VQModel
 from fastldm.models.weights import read_json
 from fastldm.pictures import to_pil
 from fastldm.systems import folders
+from fastldm.systems.guides import Guide
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # What a call uses where neither the caller nor the model's folder says: as diffusers' LDMTextToImagePipeline.
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 1.0}
 
 _SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}
-_FIRST_STAGES = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
+FirstStage = VQModel | AutoencoderKL | PixelSpace
+FIRST_STAGES: dict[str, type[FirstStage]] = {
+    "VQModel": VQModel,
+    "AutoencoderKL": AutoencoderKL,
+    "PixelSpace": PixelSpace,
+}
+# The part of a pipeline folder that is the first stage, in the order in which they are looked for.
+FIRST_STAGE_PARTS = ("vqvae", "vae")
 _CONDITIONERS = {"ClassConditioner": ClassConditioner, "SpatialConditioner": SpatialConditioner}
 
 
@@ -69,7 +78,8 @@ class LatentDiffusionPipeline:
     """Conditions to pictures, and the parts to train that.
 
     Args:
-        first_stage: VQModel or AutoencoderKL. Diffusion runs on VQ latents before quantisation.
+        first_stage: VQModel, AutoencoderKL, or PixelSpace for diffusion in pixels. Diffusion runs on VQ
+            latents before quantisation.
         conditioner: tau_theta: TextConditioner, ClassConditioner or SpatialConditioner.
         unet: the denoiser; its `cross_attention_dim` and `in_channels` must fit the other two.
         schedule: the noise schedule, prediction type and timestep spacing.
@@ -83,7 +93,7 @@ class LatentDiffusionPipeline:
 
     def __init__(
         self,
-        first_stage: VQModel | AutoencoderKL,
+        first_stage: FirstStage,
         conditioner: Conditioner,
         unet: UNet2DConditionModel,
         schedule: NoiseSchedule,
@@ -130,15 +140,18 @@ class LatentDiffusionPipeline:
     @property
     def latent_channels(self) -> int:
         """Channels of the latents that diffusion runs on."""
-        config = self.first_stage.config
-        if isinstance(self.first_stage, VQModel) and config.vq_embed_dim is not None:
-            return config.vq_embed_dim
-        return config.latent_channels
+        return self.first_stage.latent_channels
 
     @property
     def downsample_factor(self) -> int:
-        """Pixels per latent position, along each side."""
-        return 2 ** (len(self.first_stage.config.block_out_channels) - 1)
+        """Pixels per latent position, along each side; 1 for diffusion in pixels."""
+        return self.first_stage.downsample_factor
+
+    @property
+    def latent_scaling(self) -> float | None:
+        """The factor by which diffusion's x is a latent; None where it is the picture itself."""
+        pixels = isinstance(self.first_stage, PixelSpace) and self.scaling_factor == 1
+        return None if pixels else self.scaling_factor
 
     @property
     def components(self) -> dict[str, Any]:
@@ -227,13 +240,16 @@ class LatentDiffusionPipeline:
         sampler: str | None = None,
         progress: bool = True,
         karras: bool = False,
+        gradient: Guide | Gradient | None = None,
+        gradient_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
         """Make pictures.
 
         Args:
             prompt: what the conditioner prepares: caption(s), class label(s), or condition pictures.
             height, width: of the pictures; None = the size the UNet was made for, or the condition picture's.
-            num_inference_steps, guidance_scale: None = the model's own defaults. A scale of 1 is no guidance.
+            num_inference_steps, guidance_scale: None = the model's own defaults. A scale of 1 is no guidance,
+                and 0 the null condition alone, an unconditional model.
             negative_prompt: what guidance leads away from, one or one per prompt; None = the null condition.
             num_images_per_prompt: the pictures of one prompt come one after another.
             eta: randomness of DDIM, 0 to 1.
@@ -247,6 +263,11 @@ class LatentDiffusionPipeline:
                 the model's own. "heun" evaluates the UNet 2 N - 1 times in N steps, "plms" N + 1 times.
             progress: show a progress bar.
             karras: noise levels spaced after Karras et al. 2022; not for "ddim", "ddpm" and "plms".
+            gradient: guidance by another model, on top of `guidance_scale`: `CLIPScorer.gradient(captions)`,
+                `ClassifierGuide.gradient(labels)`, or any (x, t) -> gradient at x, for x (B, C, h, w). It
+                moves the mean of "ddpm" and the noise of the other samplers (Dhariwal and Nichol 2021,
+                algorithms 1 and 2).
+            gradient_scale: multiplies the gradient.
 
         Raises:
             InputError: for anything that cannot be used, before sampling starts.
@@ -257,6 +278,7 @@ class LatentDiffusionPipeline:
             raise InputError(f"guidance_scale={scale!r} must be a finite number, such as 2.0")
         sampler = sampler or self.sampler
         self._check_call(output_type, sampler, eta, num_images_per_prompt)
+        gradient_scale = finite("gradient_scale", gradient_scale)
         levels = noise_levels(self.schedule, sampler, steps, karras=karras)
 
         with self._evaluating():
@@ -273,7 +295,13 @@ class LatentDiffusionPipeline:
                 self.latent_channels,
                 *self._latent_size(height, width, conditioning.concat),
             )
+            if isinstance(gradient, Guide):
+                gradient.check(shape, self.latent_scaling, self.schedule)
             x = self._first_noise(shape, generator, latents)
+            # DDPM has a mean to move; for any other sampler guidance is a change of the noise.
+            by_mean = gradient is not None and sampler == "ddpm"
+            if gradient is not None and not by_mean:
+                denoiser = gradient_guided(denoiser, gradient, gradient_scale, self.schedule)
 
             def callback(i: int, t: float, x: Tensor, x0: Tensor) -> Tensor | None:
                 changed = callback_on_step_end(self, i, t, {"latents": x})
@@ -289,6 +317,7 @@ class LatentDiffusionPipeline:
                 **({} if levels.sigmas is None else {"sigmas": levels.sigmas}),
                 **({"generator": generator} if sampler in DRAWING else {}),
                 **({"eta": eta} if sampler == "ddim" else {}),
+                **({"guidance": gradient, "guidance_scale": gradient_scale} if by_mean else {}),
             )
             images = self._finish(x, output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
@@ -389,14 +418,16 @@ class LatentDiffusionPipeline:
     ) -> None:
         """Write the folder of the pipeline, all or nothing. `variant`, `dtype`: as `Model.save_pretrained`.
 
-        A text-conditioned one is laid out as diffusers' LDMTextToImagePipeline, which loads it (and makes the
-        same pictures where the first stage shrinks by 8 and the text window is 77: that class assumes both).
+        A text-conditioned one on latents is laid out as diffusers' LDMTextToImagePipeline, which loads it,
+        and makes the same pictures where the first stage shrinks by 8 and the text window is 77: that class
+        assumes both.
         The scheduler is written as a DDIM or DDPM one, and another sampler's name beside it.
         """
-        text = isinstance(self.conditioner, TextConditioner)
+        pixels = isinstance(self.first_stage, PixelSpace)
+        of_the_peer = isinstance(self.conditioner, TextConditioner) and not pixels
         scheduler = _SCHEDULERS.get(self.sampler, "DDIMScheduler")
         index = {
-            "_class_name": "LDMTextToImagePipeline" if text else type(self).__name__,
+            "_class_name": "LDMTextToImagePipeline" if of_the_peer else type(self).__name__,
             # diffusers skips what begins with an underscore.
             "_defaults": self.defaults,
             **({} if self.sampler in _SCHEDULERS else {"_sampler": self.sampler}),
@@ -416,7 +447,7 @@ class LatentDiffusionPipeline:
                     part.save_pretrained(folder / name, variant=variant, dtype=dtype)
                 if isinstance(part, LDMBertModel):
                     library = "latent_diffusion"
-                elif name == "conditioner":
+                elif name == "conditioner" or isinstance(part, PixelSpace):
                     library = "fastldm"
                 index[name] = [library, class_name]
             self._write_scaling_factor(folder / "vqvae" / "config.json")
@@ -448,16 +479,16 @@ class LatentDiffusionPipeline:
         index = folders.read_index(folder)
         how = {"torch_dtype": torch_dtype, "variant": variant}
         try:
-            first_stage = cls._load(folder, index, ("vqvae", "vae"), _FIRST_STAGES, how)
+            first_stage = folders.load_part(folder, index, FIRST_STAGE_PARTS, FIRST_STAGES, how)
             if folders.part_class(index, "conditioner"):
-                conditioner = cls._load(folder, index, ("conditioner",), _CONDITIONERS, how)
+                conditioner = folders.load_part(folder, index, ("conditioner",), _CONDITIONERS, how)
             else:
-                encoder = cls._load(folder, index, ("bert",), {"LDMBertModel": LDMBertModel}, how)
+                encoder = folders.load_part(folder, index, ("bert",), {"LDMBertModel": LDMBertModel}, how)
                 window = encoder.config.max_position_embeddings
                 tokenizer = Tokenizer.from_pretrained(folder, subfolder="tokenizer", max_length=window)
                 conditioner = TextConditioner(encoder, tokenizer).eval()
             unets = {"UNet2DConditionModel": UNet2DConditionModel}
-            unet = cls._load(folder, index, ("unet",), unets, how)
+            unet = folders.load_part(folder, index, ("unet",), unets, how)
             schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
             scheduler = folders.part_class(index, "scheduler")
             sampler = next((name for name, peer in _SCHEDULERS.items() if peer == scheduler), "ddim")
@@ -467,26 +498,3 @@ class LatentDiffusionPipeline:
             )
         except ConfigError as error:
             raise CheckpointError(f"{folder}: {error}") from error
-
-    @staticmethod
-    def _load(
-        folder: Path,
-        index: Mapping[str, Any],
-        names: Sequence[str],
-        classes: Mapping[str, Any],
-        how: Mapping[str, Any],
-    ) -> Any:
-        """The part under the first of `names` that the index has, of one of `classes`."""
-        for name in names:
-            found = folders.part_class(index, name)
-            if found in classes:
-                return classes[found].from_pretrained(folder, subfolder=name, **how)
-            if found is not None:
-                raise CheckpointError(
-                    f"{folder}/{name} is a {found}; fastldm reads {' or '.join(classes)} there"
-                )
-        kind = index.get("_class_name", "pipeline")
-        raise CheckpointError(
-            f"{folder} (a {kind}) has no part {' or '.join(names)}; a latent diffusion folder holds "
-            "vqvae, unet, scheduler, and bert with tokenizer or conditioner"
-        )

@@ -2,7 +2,8 @@
 must find its text among B texts and every text its picture.
 
 Noised CLIP (Nichol et al. 2022, section 2.4) is trained on x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps at a
-uniform t, of which the image tower is told, so that its gradient can guide diffusion at every step.
+uniform t, of which the image tower is told, so that its gradient can guide diffusion at every step. To guide
+latent diffusion, x are the latents of its first stage.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from fastldm.models.clip_tokenizer import CLIPTokenizer
 from fastldm.pictures import grid, to_pil
 from fastldm.systems.clip import CLIPScorer, clip_loss
 from fastldm.training.config import CLIPTrainingConfig
-from fastldm.training.data import build_dataset
-from fastldm.training.latent_diffusion import captions_of
+from fastldm.training.data import build_dataset, captions_of
+from fastldm.training.frozen_first_stage import FrozenFirstStage, noised
 
 _SHOWN = 8
 # Pictures in [-1, 1], as data sets give them and diffusion noises them, go into the tower as they are.
@@ -41,21 +42,13 @@ class CLIPModule(nn.Module):
         self, batch: dict, *, step: int, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self.model.clamp_logit_scale()
-        images, timesteps = batch["image"], None
+        images, timesteps = batch["x"], None
         if self.schedule is not None:
             images, timesteps = noised(images, self.schedule, generator)
         output = self.model(batch["input_ids"], images, timestep=timesteps)
         embeds = (across_processes(x) for x in (output.image_embeds, output.text_embeds))
         loss, accuracy = clip_loss(*embeds, self.model.logit_scale)
         return loss, {"accuracy": accuracy, "logit_scale": self.model.logit_scale.detach().exp()}
-
-
-def noised(images: Tensor, schedule: NoiseSchedule, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """x_t (B, C, H, W) of pictures (B, C, H, W) in [-1, 1], and its uniform t, int64 (B,)."""
-    steps = schedule.num_train_timesteps
-    t = torch.randint(steps, (len(images),), generator=generator, device=images.device)
-    noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
-    return schedule.add_noise(images, noise, t), t
 
 
 def across_processes(x: Tensor) -> Tensor:
@@ -78,48 +71,52 @@ class CLIPTask:
 
     def __init__(self, config: CLIPTrainingConfig) -> None:
         self.config = config
-        self.dataset = build_dataset(config.data, config.seed)
-        if "caption" not in self.dataset[0]:
+        self.pictures = build_dataset(config.data, config.seed)
+        self.dataset: Any = self.pictures
+        if "caption" not in self.pictures[0]:
             raise ConfigError(
                 f"CLIP needs a caption for each picture, and {config.data.path} has none: add metadata.jsonl"
             )
-        self.schedule = None
-        if config.noised:
-            self.schedule = NoiseSchedule.from_config({"clip_sample": False, **config.schedule})
-        self.tokenizer = build_tokenizer(config, self.dataset)
-        model = CLIPModel.from_config(model_config(config, self.tokenizer))
-        # Whatever does not fit is said now, not at the export.
-        CLIPScorer(model, self.tokenizer, _MEAN, _STD, self.schedule)
+        self.first_stage = FrozenFirstStage(config.first_stage, config.data.size, config.seed)
+        self.schedule = self.first_stage.noise(config.schedule) if config.noised else None
+        self.tokenizer = build_tokenizer(config, self.pictures)
+        fields = model_config(config, self.tokenizer, self.first_stage.shape)
+        model = CLIPModel.from_config(fields)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if config.compile:
             model.compile()
         self.module = CLIPModule(model, self.schedule)
+        # Whatever does not fit is said now, not at the export.
+        self.scorer()
         self.averaged = model
         self.adversary = None
         self.every_step_trains_all = True
 
     def to(self, device: torch.device) -> None:
         self.device = device
+        self.first_stage.to(device)
+        if self.config.cache_latents:
+            self.dataset = self.first_stage.cached(self.pictures, self._ids, self.config.data.num_workers)
 
     def start(self, batch: dict) -> None:
-        pass
+        self.first_stage.start(batch)
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return self.first_stage.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        pass
+        self.first_stage.load_state(state)
 
     def prepare(self, batch: dict, generator: torch.Generator) -> dict:
-        return {"image": batch["image"], "input_ids": self.tokenizer(batch["caption"]).to(self.device)}
+        ids = batch["condition"] if "condition" in batch else self._ids(batch)
+        return {"x": self.first_stage.scaled(batch, generator), "input_ids": ids.to(self.device)}
 
     def picture(self, seed: int) -> Image.Image:
         """The first pictures, each over the caption that the model finds for it among theirs."""
-        items = [self.dataset[i] for i in range(min(_SHOWN, len(self.dataset)))]
-        images, captions = torch.stack([item["image"] for item in items]), [item["caption"] for item in items]
-        found = self.scorer().scores(images, captions).argmax(dim=1).tolist()
-        return grid(to_pil(images), [captions[i] for i in found], columns=4)
+        x, batch = self.first_stage.shown(self.pictures, _SHOWN, seed)
+        found = self.scorer().scores(x, batch["caption"]).argmax(dim=1).tolist()
+        return grid(to_pil(batch["image"]), [batch["caption"][i] for i in found], columns=4)
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         self.module.model.clamp_logit_scale()
@@ -127,7 +124,11 @@ class CLIPTask:
 
     def scorer(self) -> CLIPScorer:
         """The model as it is now, shared, not copied."""
-        return CLIPScorer(self.module.model, self.tokenizer, _MEAN, _STD, self.schedule)
+        latents = self.first_stage.record()
+        return CLIPScorer(self.module.model, self.tokenizer, _MEAN, _STD, self.schedule, latents)
+
+    def _ids(self, batch: dict) -> Tensor:
+        return self.tokenizer(batch["caption"])
 
 
 def build_tokenizer(config: CLIPTrainingConfig, pictures: Any) -> CLIPTokenizer:
@@ -137,8 +138,11 @@ def build_tokenizer(config: CLIPTrainingConfig, pictures: Any) -> CLIPTokenizer:
     return CLIPTokenizer.from_captions(captions_of(pictures), config.max_length, merges=config.merges)
 
 
-def model_config(config: CLIPTrainingConfig, tokenizer: CLIPTokenizer) -> dict[str, Any]:
-    """config.json of the model; fields that the configuration leaves out follow from data and tokenizer."""
+def model_config(
+    config: CLIPTrainingConfig, tokenizer: CLIPTokenizer, shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """config.json of the model; what the configuration leaves out follows from the tokenizer and from the
+    shape (C, side, side) of what the image tower sees."""
     for tower in ("text_config", "vision_config"):
         if not isinstance(config.model.get(tower, {}), dict):
             raise ConfigError(f"model.{tower} needs keys of its own, got {config.model[tower]!r}")
@@ -150,16 +154,19 @@ def model_config(config: CLIPTrainingConfig, tokenizer: CLIPTokenizer) -> dict[s
         "pad_token_id": tokenizer.pad_token_id,
         **config.model.get("text_config", {}),
     }
+    channels, side, _ = shape
     vision = {
-        "image_size": config.data.size,
+        "image_size": side,
+        "num_channels": channels,
         "timestep_conditioning": config.noised,
         **config.model.get("vision_config", {}),
     }
-    if vision["image_size"] != config.data.size:
-        raise ConfigError(
-            f"model.vision_config.image_size={vision['image_size']} for pictures of data.size="
-            f"{config.data.size}; leave it out"
-        )
+    for key, value in (("image_size", side), ("num_channels", channels)):
+        if vision[key] != value:
+            raise ConfigError(
+                f"model.vision_config.{key}={vision[key]} for data.size={config.data.size} and "
+                f"first_stage.path={config.first_stage.path}, which give {value}; leave it out"
+            )
     if vision["timestep_conditioning"] != config.noised:
         raise ConfigError("model.vision_config.timestep_conditioning follows from noised; leave it out")
     return {**config.model, "text_config": text, "vision_config": vision}

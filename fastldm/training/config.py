@@ -1,8 +1,9 @@
 """Training configurations: dataclasses filled from YAML files and `key=value` overrides, every key checked.
 
 `TrainingConfig` holds what every run needs (data, optimiser, loop); `FirstStageConfig`,
-`LatentDiffusionConfig` and `CLIPTrainingConfig` add the model and the loss. The fields that hold a network's
-own configuration (`model.config`, `unet`, ...) are plain mappings: the network checks them when it is built.
+`LatentDiffusionConfig`, `CLIPTrainingConfig` and `ClassifierConfig` add the model and the loss. The fields
+that hold a network's own configuration (`model.config`, `unet`, ...) are plain mappings: the network checks
+them when it is built.
 """
 
 from __future__ import annotations
@@ -167,9 +168,19 @@ class FirstStageConfig(TrainingConfig):
 @dataclass
 class FrozenFirstStageConfig:
     path: str = ""
-    """Folder of a trained VQModel or AutoencoderKL (the `model` folder of a `train vq` run)."""
-    scaling_factor: float | Literal["std"] = "std"
-    """Multiplies the latents; "std" = 1 / standard deviation of the first batch (Rombach et al. 2022)."""
+    """Folder of a trained VQModel or AutoencoderKL (the `model` folder of a `train vq` run); folder or
+    shipped name ("shapes") of a whole pipeline, to take its first stage; or "pixels": no first stage."""
+    scaling_factor: float | Literal["std"] | None = None
+    """Multiplies the latents; "std" = 1 / standard deviation of the first batch (Rombach et al. 2022); null =
+    the factor of a pipeline, 1 in pixels, else "std"."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scaling_factor, float):
+            _require("first_stage.scaling_factor", self.scaling_factor, above=0)
+
+
+def _pixels() -> FrozenFirstStageConfig:
+    return FrozenFirstStageConfig(path="pixels")
 
 
 @dataclass
@@ -215,14 +226,13 @@ class LatentDiffusionConfig(TrainingConfig):
     snr_gamma: float | None = None
     """Min-SNR loss weighting (Hang et al. 2023) with this gamma; null = plain mean squared error."""
     cache_latents: bool = False
-    """Encode the data once, before training: the same losses as encoding each batch, up to rounding."""
+    """Encode the data once, before training: the same losses as encoding each batch, up to rounding. In
+    pixels there is nothing to encode, and it changes nothing."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require("condition_dropout", self.condition_dropout, at_least=0, at_most=1)
-        if isinstance(self.first_stage.scaling_factor, float):
-            _require("first_stage.scaling_factor", self.first_stage.scaling_factor, above=0)
 
 
 @dataclass
@@ -241,7 +251,12 @@ class CLIPTrainingConfig(TrainingConfig):
     noised: bool = False
     """Train on x_t ~ q(x_t | x_0) at uniform t, which the image tower is told (Nichol et al. 2022)."""
     schedule: dict[str, Any] = field(default_factory=dict)
-    """`noised`: fields of scheduler_config.json, those of the diffusion that the model will guide."""
+    """`noised`: fields of scheduler_config.json, those of the diffusion that the model will guide; empty =
+    the schedule of the pipeline at first_stage.path, else diffusers' defaults."""
+    first_stage: FrozenFirstStageConfig = field(default_factory=_pixels)
+    """Where the image tower is trained: in pixels, or on the latents of a first stage."""
+    cache_latents: bool = False
+    """As in LatentDiffusionConfig."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -250,6 +265,22 @@ class CLIPTrainingConfig(TrainingConfig):
         _require("batch_size", self.batch_size, at_least=2)
         if self.schedule and not self.noised:
             raise ConfigError("schedule is for noised CLIP; add noised=true")
+
+
+@dataclass
+class ClassifierConfig(TrainingConfig):
+    """`fastldm train classifier`: classes of x_t ~ q(x_t | x_0) at uniform t (Dhariwal & Nichol 2021)."""
+
+    name: str = "classifier"
+    model: dict[str, Any] = field(default_factory=dict)
+    """config.json fields of the classifier; the sizes of its input and output follow from the data."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """Fields of scheduler_config.json, those of the diffusion that the classifier will guide; empty = the
+    schedule of the pipeline at first_stage.path, else diffusers' defaults."""
+    first_stage: FrozenFirstStageConfig = field(default_factory=_pixels)
+    """Where the classifier is trained: in pixels, or on the latents of a first stage."""
+    cache_latents: bool = False
+    """As in LatentDiffusionConfig."""
 
 
 def shipped_configs() -> list[str]:
@@ -262,7 +293,7 @@ def load_config(cls: type[T], source: str | Path | Mapping, overrides: Sequence[
     """Fill `cls` from a YAML file, the name of a shipped configuration, or a mapping.
 
     Args:
-        cls: FirstStageConfig, LatentDiffusionConfig or CLIPTrainingConfig.
+        cls: FirstStageConfig, LatentDiffusionConfig, CLIPTrainingConfig or ClassifierConfig.
         source: path of a YAML file, a name of `shipped_configs()`, or a mapping.
         overrides: "dotted.key=value" strings, the value in YAML ("optimizer.lr=3e-4", "ema.enabled=false").
 

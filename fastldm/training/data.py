@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from fastldm.errors import ConfigError
 from fastldm.training.config import DataConfig
 from fastldm.training.datasets import CaptionedShapes, ImageFolder
+from fastldm.training.datasets.shapes import PAIRS, vocabulary
 
 
 def derive_seed(*parts: int) -> int:
@@ -86,3 +88,17 @@ def build_dataset(data: DataConfig, seed: int) -> Dataset:
         )
 
     return ImageFolder(data.path, data.size, random_flip=data.random_flip)
+
+
+def captions_of(pictures: Any) -> Sequence[str]:
+    """Captions that between them hold every word of a data set."""
+    if isinstance(pictures, CaptionedShapes):
+        return [" ".join(vocabulary())]
+    return pictures.captions
+
+
+def classes_of(pictures: Any) -> list[str]:
+    """The name of every label of a data set, in their order; empty where it has none."""
+    if isinstance(pictures, CaptionedShapes):
+        return [" ".join(pair) for pair in PAIRS]
+    return pictures.classes

@@ -8,8 +8,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +15,20 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
-from tqdm.auto import tqdm
+from torch.utils.data import default_collate
 
 from fastldm.diffusion import NoiseSchedule, drop_condition
-from fastldm.errors import CheckpointError, ConfigError
-from fastldm.models.autoencoder_kl import AutoencoderKL, DiagonalGaussianDistribution
+from fastldm.errors import ConfigError
 from fastldm.models.conditioners import ClassConditioner, SpatialConditioner, TextConditioner, predict
 from fastldm.models.text_transformer import LDMBertModel
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet2DConditionModel
-from fastldm.models.vq_model import VQModel
-from fastldm.models.weights import find_weights, sha256
 from fastldm.pictures import grid
-from fastldm.systems.latent_diffusion import LatentDiffusionPipeline, scale_from_batch
+from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 from fastldm.training.config import LatentDiffusionConfig
-from fastldm.training.data import build_dataset
-from fastldm.training.datasets.shapes import CaptionedShapes, vocabulary
+from fastldm.training.data import build_dataset, captions_of
+from fastldm.training.frozen_first_stage import FrozenFirstStage
 
-_ENCODE_BATCH = 64
 # Which entry of a data set's item a conditioner takes. A condition picture is the picture itself, which
 # SpatialConditioner makes small: super-resolution, as in section 4.4 of the paper.
 _CONDITION_KEYS = {"text": "caption", "class": "label", "image": "image"}
@@ -120,20 +113,6 @@ class LatentDiffusionModule(nn.Module):
         return loss, {}
 
 
-class CachedLatents(Dataset):
-    """Moments of the latents (N, C', h, w) and prepared conditions (N, ...), encoded once."""
-
-    def __init__(self, moments: Tensor, conditions: Tensor) -> None:
-        self.moments = moments
-        self.conditions = conditions
-
-    def __len__(self) -> int:
-        return len(self.moments)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"moments": self.moments[index], "condition": self.conditions[index]}
-
-
 class LatentDiffusionTask:
     """See fastldm.training.loop.Task."""
 
@@ -141,8 +120,7 @@ class LatentDiffusionTask:
         self.config = config
         self.pictures = build_dataset(config.data, config.seed)
         self._check_condition()
-        self.first_stage = load_first_stage(config.first_stage.path)
-        self.first_stage_sha256 = hash_first_stage(config.first_stage.path)
+        self.first_stage = FrozenFirstStage(config.first_stage, config.data.size, config.seed)
         self.schedule = NoiseSchedule.from_config(
             {"clip_sample": False, **config.schedule, "prediction_type": config.prediction_type}
         )
@@ -157,7 +135,6 @@ class LatentDiffusionTask:
         self.averaged = self.module
         self.adversary = None
         self.every_step_trains_all = True
-        self.scaling_factor: float | None = None
         self.dataset: Any = self.pictures
         self._check_sampling()
 
@@ -165,34 +142,23 @@ class LatentDiffusionTask:
         self.device = device
         self.first_stage.to(device)
         if self.config.cache_latents:
-            self.dataset = self._encode_all()
+            self.dataset = self.first_stage.cached(
+                self.pictures, self._condition, self.config.data.num_workers
+            )
 
     def start(self, batch: dict) -> None:
-        scaling = self.config.first_stage.scaling_factor
-        if scaling == "std":
-            generator = torch.Generator(self.device).manual_seed(self.config.seed)
-            scaling = scale_from_batch(self._latents(batch, generator))
-        self.scaling_factor = scaling
+        self.first_stage.start(batch)
 
     def state(self) -> dict[str, Any]:
-        return {"scaling_factor": self.scaling_factor, "first_stage_sha256": self.first_stage_sha256}
+        return self.first_stage.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if state["first_stage_sha256"] != self.first_stage_sha256:
-            raise ConfigError(
-                f"first_stage.path={self.config.first_stage.path} holds other weights than when this run "
-                f"began (sha256 {self.first_stage_sha256[:12]}, not {state['first_stage_sha256'][:12]}); "
-                "put those back or begin another run"
-            )
-        self.scaling_factor = state["scaling_factor"]
+        self.first_stage.load_state(state)
 
     def prepare(self, batch: dict, generator: torch.Generator) -> dict:
-        if "condition" in batch:
-            condition = batch["condition"]
-        else:
-            condition = self.module.conditioner.prepare(self._raw(batch))
+        condition = batch["condition"] if "condition" in batch else self._condition(batch)
         return {
-            "latents": self._latents(batch, generator) * self.scaling_factor,
+            "latents": self.first_stage.scaled(batch, generator),
             "condition": condition.to(self.device),
         }
 
@@ -215,11 +181,11 @@ class LatentDiffusionTask:
         """The trained parts and the first stage as a pipeline; they are shared, not copied."""
         sampling = self.config.sampling
         return LatentDiffusionPipeline(
-            self.first_stage,
+            self.first_stage.model,
             self.module.conditioner,
             self.module.unet,
             self.schedule,
-            self.scaling_factor,
+            self.first_stage.scaling_factor,
             sampler=sampling.sampler,
             defaults={
                 "num_inference_steps": sampling.num_inference_steps,
@@ -239,6 +205,10 @@ class LatentDiffusionTask:
         """The part of a batch that the conditioner's `prepare` takes."""
         return batch[_CONDITION_KEYS[self.config.conditioner.kind]]
 
+    def _condition(self, batch: dict) -> Tensor:
+        """Prepared conditions of a batch of pictures."""
+        return self.module.conditioner.prepare(self._raw(batch))
+
     def _check_sampling(self) -> None:
         """Whatever would only fail at the first picture grid: parts that do not fit, prompts, steps."""
         sampling = self.config.sampling
@@ -248,57 +218,6 @@ class LatentDiffusionTask:
         if sampling.prompts:
             pipeline.conditioner.prepare(sampling.prompts)
         pipeline.schedule.timesteps(sampling.num_inference_steps)
-
-    @torch.no_grad()
-    def _moments(self, images: Tensor) -> Tensor:
-        """What the first stage says of the latents: z itself (VQ), or mean and log-variance (KL)."""
-        encoded = self.first_stage.encode(images)
-        return encoded.latents if isinstance(self.first_stage, VQModel) else encoded.latent_dist.parameters
-
-    def _latents(self, batch: dict, generator: torch.Generator) -> Tensor:
-        """Unscaled latents of a batch, from its pictures or from the cache."""
-        moments = batch["moments"] if "moments" in batch else self._moments(batch["image"])
-        if isinstance(self.first_stage, VQModel):
-            return moments
-        return DiagonalGaussianDistribution(moments).sample(generator)
-
-    def _encode_all(self) -> CachedLatents:
-        """Pass the data through the first stage once. Of a KL stage the moments are kept, to draw z from."""
-        loader = DataLoader(self.pictures, batch_size=_ENCODE_BATCH, num_workers=self.config.data.num_workers)
-        moments, conditions = [], []
-        for batch in tqdm(loader, desc="encode", unit="batch", disable=None, leave=False):
-            moments.append(self._moments(batch["image"].to(self.device)).cpu())
-            conditions.append(self.module.conditioner.prepare(self._raw(batch)))
-        return CachedLatents(torch.cat(moments), torch.cat(conditions))
-
-
-def load_first_stage(path: str) -> VQModel | AutoencoderKL:
-    """A trained first stage, frozen: in evaluation mode, without gradients.
-
-    Raises:
-        ConfigError: no path, or the folder holds another kind of model.
-        CheckpointError: nothing can be read there.
-    """
-    if not path:
-        raise ConfigError(
-            "first_stage.path is not set; give the `model` folder that `fastldm train vq` exported"
-        )
-    try:
-        name = json.loads((Path(path) / "config.json").read_text("utf-8")).get("_class_name")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot read the first stage {path}/config.json: {error}; train one with `fastldm train vq`"
-        ) from error
-    classes = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
-    if name not in classes:
-        raise ConfigError(f"first_stage.path={path} holds a {name}; give a VQModel or an AutoencoderKL")
-    return classes[name].from_pretrained(path).requires_grad_(False).eval()
-
-
-def hash_first_stage(path: str) -> str:
-    """SHA-256 of the weights that `load_first_stage(path)` reads."""
-    names = (VQModel.weights_name, VQModel.pickled_weights_name)
-    return sha256(find_weights(Path(path), names, None))
 
 
 def build_conditioner(config: LatentDiffusionConfig, pictures: Any) -> nn.Module:
@@ -323,27 +242,15 @@ def build_conditioner(config: LatentDiffusionConfig, pictures: Any) -> nn.Module
 
 
 def build_unet(
-    config: LatentDiffusionConfig, first_stage: VQModel | AutoencoderKL, conditioner: nn.Module
+    config: LatentDiffusionConfig, first_stage: FrozenFirstStage, conditioner: nn.Module
 ) -> UNet2DConditionModel:
     """The denoiser; channels that the configuration leaves out follow from first stage and conditioner."""
-    stage = first_stage.config
-    channels = (
-        stage.vq_embed_dim or stage.latent_channels
-        if isinstance(first_stage, VQModel)
-        else stage.latent_channels
-    )
+    channels, side, _ = first_stage.shape
     derived = {
-        "sample_size": config.data.size // 2 ** (len(stage.block_out_channels) - 1),
+        "sample_size": side,
         "in_channels": channels + conditioner.concat_channels,
         "out_channels": channels,
     }
     if conditioner.context_dim is not None:
         derived["cross_attention_dim"] = conditioner.context_dim
     return UNet2DConditionModel.from_config({**derived, **config.unet})
-
-
-def captions_of(pictures: Any) -> Sequence[str]:
-    """Captions that between them hold every word of a data set."""
-    if isinstance(pictures, CaptionedShapes):
-        return [" ".join(vocabulary())]
-    return pictures.captions

@@ -8,12 +8,17 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastldm import dispatch
 from fastldm.cli import common, main
 from fastldm.diffusion.samplers import SAMPLERS
+from fastldm.models import CLIPModel, CLIPTokenizer
+from fastldm.systems import CLIPScorer
+from fastldm.systems.guides import Latents
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
+from fastldm.training.datasets.shapes import vocabulary
 
 CAPTION = "a large red circle at the top left"
 
@@ -52,6 +57,50 @@ def test_several_pictures_become_a_grid(sample):
     grid = sample(CAPTION, "a small blue star", "--num-images", "2")
     assert grid.shape[0] > 2 * 32
     assert grid.shape[1] > 2 * 32
+
+
+@pytest.fixture
+def clip(model, tmp_path):
+    """Folder of an untrained CLIP of the latents of `model`."""
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    tokenizer = CLIPTokenizer.from_captions([" ".join(vocabulary())], 12)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 12}
+    vision = {"num_channels": 4, "image_size": 16, "patch_size": 4, "timestep_conditioning": True}
+    text["eos_token_id"] = tokenizer.eos_token_id
+    network = CLIPModel({**tower, **text}, {**tower, **vision}, projection_dim=8)
+    latents = Latents(pipeline.scaling_factor)
+    CLIPScorer(network, tokenizer, schedule=pipeline.schedule, latents=latents).save_pretrained(
+        tmp_path / "clip"
+    )
+    return tmp_path / "clip"
+
+
+def test_clip_guides_to_the_captions(sample, clip, fails, model, tmp_path, monkeypatch):
+    calls = []
+    real = LatentDiffusionPipeline.__call__
+
+    def spy(self, prompt, **settings):
+        calls.append(settings)
+        return real(self, prompt, **settings)
+
+    monkeypatch.setattr(LatentDiffusionPipeline, "__call__", spy)
+    plain = sample(CAPTION)
+    still = sample(CAPTION, "--clip", str(clip), "--clip-scale", "0")
+    guided = sample(CAPTION, "--clip", str(clip), "--clip-scale", "500")
+    assert np.array_equal(still, plain)
+    assert not np.array_equal(guided, plain)
+    sample(CAPTION, "a star", "--clip", str(clip), "--num-images", "2")
+    assert [settings["gradient_scale"] for settings in calls] == [1, 0, 500, 1]
+    x, t = torch.randn(2, 4, 16, 16), torch.tensor([3, 9])
+    wanted = CLIPScorer.from_pretrained(clip).gradient([CAPTION, "a star"])(x, t)
+    assert torch.equal(calls[-1]["gradient"](x, t), wanted)
+
+    command = ["sample", CAPTION, "--model", model, "--out", tmp_path / "out.png"]
+    assert "add the folder of a CLIP" in fails(*command, "--clip-scale", "2")
+    assert "absent" in fails(*command, "--clip", tmp_path / "absent")
+    (clip / "latents.json").write_text('{"scaling_factor": 3.0}')
+    assert "another first stage" in fails(*command, "--clip", clip)
 
 
 def test_words_without_quotes_are_one_caption(sample):

@@ -293,6 +293,18 @@ def test_dynamic_thresholding_is_the_peer_s(ratio, max_value, dtype):
     torch.testing.assert_close(ours, peer._threshold_sample(x0))
 
 
+@pytest.mark.parametrize("kind", ["sample", "v_prediction"])
+def test_pure_noise_is_not_guided(kind):
+    """At zero SNR the noise does not say x0, and p(y | x_t) does not depend on x_t."""
+    schedule = NoiseSchedule.linear(rescale_betas_zero_snr=True, prediction_type=kind)
+    x, steps = torch.randn(3, 4, 2, 2), torch.tensor([999, 998, 0])
+    for t in (steps, steps.float()):
+        guided = gradient_guided(lambda x, t: x, lambda x, t: torch.ones_like(x), 1.0, schedule)(x, t)
+        assert torch.equal(guided[0], x[0])
+        assert ((guided - x)[1:].abs().flatten(1).min(dim=1).values > 0).all()
+        assert guided.isfinite().all()
+
+
 def test_wrong_guidance_is_refused():
     schedule, (x, _) = NoiseSchedule.linear(), points(2)
     gradient = classifier_gradient(Mixture().classifier, torch.tensor([0, 1]))
@@ -307,9 +319,6 @@ def test_wrong_guidance_is_refused():
             clip_gradient(lambda x, t: x, x, scale)
     with pytest.raises(InputError, match="guidance_rescale=nan"):
         classifier_free(lambda x, t: x, {}, {}, 2.0, rescale=math.nan)
-    zero_snr = NoiseSchedule.linear(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    with pytest.raises(InputError, match="zero terminal SNR"):
-        gradient_guided(Mixture().denoiser, gradient, 1.0, zero_snr)
     with pytest.raises(InputError, match=r"condition 'y' is \(2, 3\), but its null condition None"):
         classifier_free(lambda x, t, y: x, {"y": x}, {}, 2.0)
     with pytest.raises(InputError, match=r"use a ratio in \[0, 1\]"):

@@ -17,6 +17,7 @@ from fastldm.errors import CheckpointError, ConfigError, InputError
 from fastldm.models import CLIPModel, CLIPTokenizer
 from fastldm.systems import CLIPScorer
 from fastldm.systems.clip import clip_loss
+from fastldm.systems.guides import Latents
 
 try:
     from transformers import CLIPImageProcessorPil as PeerProcessor
@@ -133,6 +134,54 @@ def test_noised_clip_keeps_its_schedule_and_reads_the_timestep(tmp_path):
     late = scorer.scores(pictures, CAPTIONS, timestep=40)
     close(loaded.scores(pictures, CAPTIONS, timestep=40), late)
     assert (late - scorer.scores(pictures, CAPTIONS)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("noised", [False, True])
+def test_the_gradient_is_that_of_the_similarity(noised):
+    schedule = NoiseSchedule.cosine(50) if noised else None
+    scorer = CLIPScorer(*build(timestep_conditioning=noised), schedule=schedule)
+    if noised:
+        torch.nn.init.normal_(scorer.model.vision_model.time_embedding.linear_2.weight, std=0.2)
+    x, t = torch.randn(3, 3, 32, 32), torch.tensor([2, 30, 49])
+    gradient = scorer.gradient(CAPTIONS)(x, t)
+
+    def similarity(x):
+        return scorer.scores(x, CAPTIONS, timestep=t if noised else None).diagonal()
+
+    step, direction = 1e-2, torch.randn_like(x)
+    wanted = (similarity(x + step * direction) - similarity(x - step * direction)) / (2 * step)
+    # Central differences of float32: an error of about step^2 and of 1e-6 / step.
+    found = (gradient * direction).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(found, wanted, atol=1e-2 * wanted.abs().max().item(), rtol=0)
+    assert wanted.abs().min() > 5e-2 * wanted.abs().max()
+    one = scorer.gradient(CAPTIONS[1])(x, t)
+    torch.testing.assert_close(one[1], gradient[1], atol=1e-5, rtol=1e-4)
+    assert torch.equal(scorer.gradient(CAPTIONS)(x, t + 0), gradient)
+    assert torch.equal(scorer.gradient(CAPTIONS)(x, t - 1), gradient) != noised
+
+
+def test_a_clip_of_latents_keeps_which_ones_and_guides_them_alone(pipeline, tmp_path):
+    pipe = pipeline()
+    vision = {"num_channels": 4, "image_size": 8, "patch_size": 2, "timestep_conditioning": True}
+    latents = Latents(pipe.scaling_factor, "0" * 64)
+    made = CLIPScorer(*build(**vision), schedule=pipe.schedule, latents=latents)
+    made.save_pretrained(tmp_path)
+    scorer, x = CLIPScorer.from_pretrained(tmp_path), torch.randn(2, 4, 8, 8)
+    assert scorer.latents == latents
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    close(scorer.prepare(x), x)
+    assert torch.equal(scorer.scores(x, CAPTIONS, timestep=3), made.scores(x, CAPTIONS, timestep=3))
+    with pytest.raises(InputError, match=r"takes latents \(4, 8, 8\), not pictures; give `pipeline\.encode"):
+        scorer.scores(photographs(), CAPTIONS)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    call = {"num_inference_steps": 10, "output_type": "latent", "progress": False, "latents": noise}
+    plain = scorer.scores(pipe(["a star"] * 2, **call).images, CAPTIONS[:2])
+    guided = pipe(["a star"] * 2, gradient=scorer.gradient(CAPTIONS[:2]), gradient_scale=300.0, **call).images
+    assert (scorer.scores(guided, CAPTIONS[:2]) - plain).diagonal().min() > 0.1
+    with pytest.raises(InputError, match="another first stage"):
+        pipeline(scaling_factor=1.0)("a star", gradient=scorer.gradient("green"), progress=False)
+    with pytest.raises(InputError, match=r"trained on pictures \(3, 32, 32\)"):
+        pipe("a star", gradient=CLIPScorer(*build()).gradient("green"), progress=False)
 
 
 def test_what_cannot_be_used_is_refused(scorer, tmp_path):

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 
 from fastldm.cli import main
 from fastldm.diffusion import NoiseSchedule
-from fastldm.errors import ConfigError
+from fastldm.errors import ConfigError, InputError
 from fastldm.models.clip import MAX_LOGIT_SCALE
-from fastldm.systems import CLIPScorer
-from fastldm.training.clip import CLIPTask, noised
+from fastldm.systems import CLIPScorer, LatentDiffusionPipeline
+from fastldm.training.clip import CLIPTask
 from fastldm.training.config import CLIPTrainingConfig, load_config, to_yaml
 from fastldm.training.data import StreamSampler, batches
 from fastldm.training.datasets import CaptionedShapes, export_image_folder
+from fastldm.training.frozen_first_stage import noised
 from fastldm.training.loop import TrainingInterrupted, train
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -36,6 +37,7 @@ CLIP = {
     "optimizer": {"lr": 1e-3, "warmup_steps": 2, "schedule": "cosine"},
 }
 NOISED = ("noised=true", "schedule.beta_schedule=squaredcos_cap_v2")
+PATCHES = "model.vision_config.patch_size=4"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -86,8 +88,9 @@ def test_a_short_run_lowers_the_loss_of_other_pictures(clip_config, overrides, b
     assert loss_of(task) < chance - below
 
 
-@pytest.mark.parametrize("overrides", [(), NOISED])
-def test_resuming_gives_the_same_bits(clip_config, overrides):
+@pytest.mark.parametrize("overrides", [(), NOISED, (*NOISED, "first_stage.path={stages}/kl", PATCHES)])
+def test_resuming_gives_the_same_bits(clip_config, first_stages, overrides):
+    overrides = [override.format(stages=first_stages) for override in overrides]
     straight, stopped = (clip_config(f"name={name}", *overrides) for name in ("straight", "stopped"))
     run(straight)
     tasks = []
@@ -171,6 +174,44 @@ def test_the_image_tower_gets_the_noised_picture_and_its_timestep(clip_config):
     assert torch.equal(seen[0][1], t)
 
 
+@pytest.mark.parametrize("stage", ["vq", "kl"])
+def test_clip_on_latents_is_trained_on_the_latents(clip_config, first_stages, stage):
+    where = [f"first_stage.path={first_stages / stage}", "model.vision_config.patch_size=4"]
+    config = clip_config(*NOISED, *where, "cache_latents=true", "max_steps=3")
+    task, folder = run(config)
+    assert task.first_stage.scaling_factor is not None
+    cached = next(batches(task.dataset, StreamSampler(64, 8, seed=0)))
+    plain = next(batches(task.pictures, StreamSampler(64, 8, seed=0)))
+    found, wanted = (task.prepare(b, torch.Generator().manual_seed(3)) for b in (cached, plain))
+    assert torch.equal(found["input_ids"], wanted["input_ids"])
+    # The same convolutions over batches of another size.
+    torch.testing.assert_close(found["x"], wanted["x"], rtol=1e-4, atol=1e-5)
+    assert 0.7 < found["x"].std() < 1.4
+    task.first_stage.model.encode = None
+    task.prepare(cached, torch.Generator())
+
+    scorer = CLIPScorer.from_pretrained(folder)
+    assert scorer.space.shape == (4, 16, 16)
+    assert scorer.latents.scaling_factor == task.first_stage.scaling_factor
+    assert scorer.latents.first_stage_sha256 == task.first_stage.sha256
+    assert (Path(config.output_dir) / "clip" / "samples" / "step-000003.png").is_file()
+
+
+def test_clip_on_the_shipped_latents_takes_the_noise_of_the_shipped_model(clip_config):
+    where = ["first_stage.path=shapes", "data.size=64", "model.vision_config.patch_size=2"]
+    task = CLIPTask(clip_config("noised=true", *where))
+    pipe = LatentDiffusionPipeline.from_pretrained("shapes")
+    scorer = task.scorer()
+    assert scorer.latents.scaling_factor == pipe.scaling_factor
+    scorer.model.eval()
+    call = {"num_inference_steps": 2, "output_type": "latent", "progress": False}
+    found = pipe("a red circle", gradient=scorer.gradient("a red circle"), **call).images
+    assert found.isfinite().all()
+    other = CLIPTask(clip_config(*NOISED, *where)).scorer()
+    with pytest.raises(InputError, match="another schedule"):
+        pipe("a red circle", gradient=other.gradient("a red circle"), **call)
+
+
 def test_the_temperature_is_kept_above_a_hundredth(clip_config):
     task, folder = run(clip_config("model.logit_scale_init_value=6.0", "max_steps=1", "ema.enabled=false"))
     # From 6 it was brought down before the step, which moves it by at most lr / 2 (warmup) and decay.
@@ -201,6 +242,7 @@ def test_a_folder_of_captioned_pictures_is_trained_on(clip_config, tmp_path):
         ("schedule.num_train_timesteps=10", "noised=true"),
         ("batch_size=1", "batch_size"),
         ("model.vision_config.image_size=64", "image_size=64"),
+        ("model.vision_config.num_channels=4", "num_channels=4"),
         ("model.vision_config.timestep_conditioning=true", "follows from noised"),
         ("model.text_config=3", "keys of its own"),
         ("model.text_config.layers=3", "layers"),

@@ -8,6 +8,7 @@ import pytest
 
 from fastldm.errors import ConfigError, FastLDMError
 from fastldm.training.config import (
+    ClassifierConfig,
     CLIPTrainingConfig,
     FirstStageConfig,
     LatentDiffusionConfig,
@@ -22,7 +23,7 @@ from fastldm.training.config import (
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_shipped_configurations_load_and_survive_being_written(name, tmp_path):
-    kinds = {"ldm": LatentDiffusionConfig, "clip": CLIPTrainingConfig}
+    kinds = {"ldm": LatentDiffusionConfig, "clip": CLIPTrainingConfig, "classifier": ClassifierConfig}
     cls = kinds.get(name.rpartition("-")[2], FirstStageConfig)
     config = load_config(cls, name)
     assert config.name == name
@@ -75,7 +76,7 @@ def test_overrides_reach_nested_keys_and_free_mappings():
         ({"optimizer": {"betas": [0.9]}}, r"'optimizer.betas' takes a tuple of float, float"),
         ({"ema": {"decay": 1.0}}, r"'ema.decay' must be at least 0 and below 1"),
         ({"condition_dropout": 1.5}, r"'condition_dropout' must be at least 0 and at most 1"),
-        ({"first_stage": {"scaling_factor": "mean"}}, r"float or 'std', got 'mean'"),
+        ({"first_stage": {"scaling_factor": "mean"}}, r"float or 'std' or null, got 'mean'"),
         ({"sampling": {"prompts": "a red circle"}}, r"'sampling.prompts' takes a list"),
         ({"name": "a/b"}, r"name='a/b' must be the name of one folder"),
     ],

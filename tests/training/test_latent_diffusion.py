@@ -188,7 +188,7 @@ def test_latents_of_a_kl_stage_are_drawn(ldm_config, first_stages, cached):
     batch = start(task)
     found = task.prepare(batch, generator(7))["latents"]
     pictures = next(batches(task.pictures, StreamSampler(len(task.pictures), 4, seed=0)))["image"]
-    posterior = task.first_stage.encode(pictures).latent_dist
+    posterior = task.first_stage.model.encode(pictures).latent_dist
     # With the cache the same convolutions run over batches of another size.
     torch.testing.assert_close(found, 0.5 * posterior.sample(generator(7)), rtol=1e-4, atol=1e-5)
     assert (found - 0.5 * posterior.mode()).std() > 0.1
@@ -202,18 +202,18 @@ def test_first_stage_is_frozen_and_tau_and_denoiser_learn_together(ldm_config, f
 
     def build():
         task = LatentDiffusionTask(config)
-        task.frozen = {k: v.clone() for k, v in task.first_stage.state_dict().items()}
+        task.frozen = {k: v.clone() for k, v in task.first_stage.model.state_dict().items()}
         task.fresh = {k: v.clone() for k, v in task.module.named_parameters()}
         tasks.append(task)
         return task
 
     train(config, build, progress=False)
     task = tasks[0]
-    assert not task.first_stage.training
-    assert not any(p.requires_grad or p.grad is not None for p in task.first_stage.parameters())
-    assert all(torch.equal(v, task.frozen[k]) for k, v in task.first_stage.state_dict().items())
+    assert not task.first_stage.model.training
+    assert not any(p.requires_grad or p.grad is not None for p in task.first_stage.model.parameters())
+    assert all(torch.equal(v, task.frozen[k]) for k, v in task.first_stage.model.state_dict().items())
     ours = {id(p) for p in task.module.parameters()}
-    assert not any(id(p) in ours for p in task.first_stage.parameters())
+    assert not any(id(p) in ours for p in task.first_stage.model.parameters())
 
     moved = {k for k, v in task.module.named_parameters() if not torch.equal(v, task.fresh[k])}
     still = {k for k, v in task.module.named_parameters() if k not in moved}
@@ -225,12 +225,12 @@ def test_first_stage_is_frozen_and_tau_and_denoiser_learn_together(ldm_config, f
 def test_no_gradient_reaches_the_first_stage_and_one_reaches_tau(ldm_config):
     task = LatentDiffusionTask(ldm_config())
     batch = start(task)
-    task.first_stage.requires_grad_(True)  # even then: z is computed without a graph
+    task.first_stage.model.requires_grad_(True)  # even then: z is computed without a graph
     prepared = task.prepare(batch, generator())
     assert not prepared["latents"].requires_grad
     loss, _ = task.module(prepared, step=0, generator=generator())
     loss.backward()
-    assert all(p.grad is None for p in task.first_stage.parameters())
+    assert all(p.grad is None for p in task.first_stage.model.parameters())
     tau = [p.grad for p in task.module.conditioner.parameters() if p.requires_grad]
     assert tau
     assert all(grad is not None and grad.abs().sum() > 0 for grad in tau)
@@ -243,13 +243,13 @@ def test_the_scaling_factor_is_one_over_the_deviation_of_the_first_batch(ldm_con
     z = task.prepare(batch, generator(0))["latents"]
     # A KL stage draws again: 4096 values, whose deviation varies by 1 / sqrt(2 * 4096) = 1.1%.
     assert z.std().item() == pytest.approx(1.0, rel=1e-5 if stage == "vq" else 0.08)
-    assert task.pipeline().scaling_factor == task.scaling_factor
+    assert task.pipeline().scaling_factor == task.first_stage.scaling_factor
 
 
 def test_a_constant_scaling_factor_is_used_as_it_is(ldm_config):
     task = LatentDiffusionTask(ldm_config("first_stage.scaling_factor=0.25"))
     batch = start(task)
-    expected = task.first_stage.encode(batch["image"]).latents * 0.25
+    expected = task.first_stage.model.encode(batch["image"]).latents * 0.25
     assert torch.equal(task.prepare(batch, generator())["latents"], expected)
 
 
