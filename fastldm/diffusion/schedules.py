@@ -21,7 +21,7 @@ from fastldm.errors import ConfigError, InputError
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
-VARIANCE_TYPES = ("fixed_small", "fixed_large")
+VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 SCHEDULER_CLASSES = ("DDIMScheduler", "DDPMScheduler")
 
 # Only one of the two diffusers classes knows these; the other would warn about them.
@@ -55,6 +55,10 @@ class NoiseSchedule:
     """A noise schedule and how a sampler walks it. Fields as in diffusers' schedulers.
 
     `clip_sample` is off by default, unlike diffusers: latents are not bounded by 1.
+
+    `variance_type` is that of DDPM's steps: the posterior's ("fixed_small"), beta ("fixed_large"), or one in
+    between that the denoiser gives in as many channels again ("learned_range"). diffusers' "learned" is not
+    offered: there it is the variance itself, and in Nichol and Dhariwal's code its logarithm.
 
     Attributes:
         betas: float32 (T,).
@@ -210,6 +214,10 @@ class NoiseSchedule:
         if self.trained_betas is not None:
             config["trained_betas"] = [float(beta) for beta in self.trained_betas]
         return {"_class_name": class_name, **config}
+
+    def output_channels(self, channels: int) -> int:
+        """Those of a denoiser's output for x of `channels`: twice as many with a learned variance."""
+        return 2 * channels if self.variance_type == "learned_range" else channels
 
     def alpha_bar(self, like: Tensor, t: Tensor) -> Tensor:
         """abar_t, shaped to broadcast against `like` (B, ...), in at least float32.

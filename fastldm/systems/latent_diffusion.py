@@ -116,8 +116,11 @@ class LatentDiffusionPipeline:
         if config.in_channels != latent + concat:
             found = f"in_channels is {config.in_channels}"
             problems.append(f"{found}, but latents and condition have {latent} + {concat}")
-        if config.out_channels != latent:
-            problems.append(f"out_channels is {config.out_channels}, but latents have {latent}")
+        if config.out_channels != self.schedule.output_channels(latent):
+            problems.append(
+                f"out_channels is {config.out_channels}, but latents of {latent} with variance_type "
+                f"{self.schedule.variance_type!r} need {self.schedule.output_channels(latent)}"
+            )
         width, taken = self.conditioner.context_dim, config.cross_attention_dim
         if self.unet.has_cross_attention != (width is not None):
             has, wants = ("cross-attention", "no") if width is None else ("no cross-attention", "a")
@@ -191,7 +194,8 @@ class LatentDiffusionPipeline:
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
     ) -> Denoiser:
-        """The UNet under a condition, for samplers: x (B, C, h, w), t int64 (B,) -> its output in x's dtype.
+        """The UNet under a condition, for samplers: x (B, C, h, w), t int64 (B,) -> its output in x's dtype
+        (of 2C channels where the schedule's variance is learned).
 
         See `fastldm.diffusion.guidance.classifier_free` for the two guidance arguments.
         """

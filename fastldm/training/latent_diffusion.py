@@ -3,7 +3,8 @@
 1. the frozen first stage encodes the pictures x to latents z, which are scaled to about unit variance;
 2. tau_theta encodes the condition y, with probability p the null condition (for classifier-free guidance);
 3. the UNet predicts the noise (or x0, or v) of z_t at a uniform t, and the mean squared error trains UNet and
-   tau_theta together:  E ||eps - eps_theta(z_t, t, tau_theta(y))||^2.
+   tau_theta together:  E ||eps - eps_theta(z_t, t, tau_theta(y))||^2. With schedule.variance_type
+   "learned_range" the UNet also gives the variance, and the variational bound trains that half.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
-from fastldm.diffusion import NoiseSchedule, drop_condition
+from fastldm.diffusion import NoiseSchedule, drop_condition, hybrid_loss, simple_loss
 from fastldm.errors import CheckpointError, ConfigError
 from fastldm.models.autoencoder_kl import AutoencoderKL, DiagonalGaussianDistribution
 from fastldm.models.conditioners import ClassConditioner, SpatialConditioner, TextConditioner, predict
@@ -57,7 +57,8 @@ def latent_diffusion_loss(
     Args:
         unet: the denoiser.
         conditioner: tau_theta.
-        schedule: noise schedule; its prediction_type says what the UNet predicts.
+        schedule: noise schedule; its prediction_type says what the UNet predicts, and its variance_type
+            whether it gives a variance too, which `hybrid_loss` trains.
         latents: scaled z (B, C, h, w), float32.
         condition: prepared conditions (B, ...), see the conditioner's `prepare`.
         generator: on the latents' device; draws t, the noise and the dropped conditions.
@@ -71,24 +72,8 @@ def latent_diffusion_loss(
     condition = drop_condition(condition, conditioner.null_like(condition), condition_dropout, generator)
     noisy = schedule.add_noise(latents, noise, timesteps)
     predicted = predict(unet, noisy, timesteps, *conditioner(condition))
-    target = schedule.training_target(latents, noise, timesteps)
-    # Under autocast the prediction is a half: the squares are summed in float32.
-    loss = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-    if snr_gamma is not None:
-        loss = loss * _min_snr_weights(schedule, timesteps, snr_gamma)
-    return loss.mean()
-
-
-def _min_snr_weights(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Tensor:
-    """Weights (B,) that make the loss min(SNR, gamma) ||x0 - x0_hat||^2 for every prediction type."""
-    alpha_bar = schedule.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = alpha_bar / (1 - alpha_bar)
-    weights = snr.clamp(max=gamma)
-    if schedule.prediction_type == "epsilon":
-        return weights / snr.clamp(min=1e-8)
-    if schedule.prediction_type == "v_prediction":
-        return weights / (snr + 1)
-    return weights
+    loss = hybrid_loss if schedule.variance_type == "learned_range" else simple_loss
+    return loss(predicted, latents, noise, timesteps, schedule, snr_gamma=snr_gamma).mean()
 
 
 class LatentDiffusionModule(nn.Module):
@@ -147,7 +132,7 @@ class LatentDiffusionTask:
             {"clip_sample": False, **config.schedule, "prediction_type": config.prediction_type}
         )
         conditioner = build_conditioner(config, self.pictures)
-        unet = build_unet(config, self.first_stage, conditioner)
+        unet = build_unet(config, self.first_stage, conditioner, self.schedule)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         if config.compile:
@@ -323,9 +308,12 @@ def build_conditioner(config: LatentDiffusionConfig, pictures: Any) -> nn.Module
 
 
 def build_unet(
-    config: LatentDiffusionConfig, first_stage: VQModel | AutoencoderKL, conditioner: nn.Module
+    config: LatentDiffusionConfig,
+    first_stage: VQModel | AutoencoderKL,
+    conditioner: nn.Module,
+    schedule: NoiseSchedule,
 ) -> UNet2DConditionModel:
-    """The denoiser; channels that the configuration leaves out follow from first stage and conditioner."""
+    """The denoiser; channels that the configuration leaves out follow from the other parts."""
     stage = first_stage.config
     channels = (
         stage.vq_embed_dim or stage.latent_channels
@@ -335,7 +323,7 @@ def build_unet(
     derived = {
         "sample_size": config.data.size // 2 ** (len(stage.block_out_channels) - 1),
         "in_channels": channels + conditioner.concat_channels,
-        "out_channels": channels,
+        "out_channels": schedule.output_channels(channels),
     }
     if conditioner.context_dim is not None:
         derived["cross_attention_dim"] = conditioner.context_dim
