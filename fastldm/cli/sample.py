@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
                 negative_prompt=arguments.negative_prompt,
                 num_images_per_prompt=arguments.num_images,
                 eta=arguments.eta,
-                karras=arguments.karras,
+                karras=arguments.karras or None,
                 generator=torch.Generator().manual_seed(arguments.seed),
                 progress=sys.stderr.isatty(),
             ).images

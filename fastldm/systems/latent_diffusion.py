@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastldm.diffusion.guidance import Denoiser, classifier_free
 from fastldm.diffusion.samplers import DRAWING, SAMPLERS, Generators, noise_levels, randn
+from fastldm.diffusion.scheduler_config import class_of, sampler_of, takes_karras
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
 from fastldm.io import atomic_write
@@ -44,7 +45,6 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # What a call uses where neither the caller nor the model's folder says: as diffusers' LDMTextToImagePipeline.
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 1.0}
 
-_SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}
 _FIRST_STAGES = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 _CONDITIONERS = {"ClassConditioner": ClassConditioner, "SpatialConditioner": SpatialConditioner}
 
@@ -75,6 +75,7 @@ class LatentDiffusionPipeline:
         schedule: the noise schedule, prediction type and timestep spacing.
         scaling_factor: multiplies first-stage latents; None = the first stage's own `scaling_factor`.
         sampler: what a call uses by default, a name of `fastldm.diffusion.samplers.SAMPLERS`.
+        karras: whether it does so on Karras' noise levels; for "euler", "heun", "dpmpp_2m" and "unipc".
         defaults: `num_inference_steps` and `guidance_scale` a call uses by default; stored with the model.
 
     Raises:
@@ -90,10 +91,16 @@ class LatentDiffusionPipeline:
         scaling_factor: float | None = None,
         *,
         sampler: str = "ddim",
+        karras: bool = False,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
         if sampler not in SAMPLERS:
             raise ConfigError(f"sampler={sampler!r} is not offered; use one of {', '.join(SAMPLERS)}")
+        if karras and not takes_karras(sampler):
+            others = ", ".join(filter(takes_karras, SAMPLERS))
+            raise ConfigError(
+                f"karras=True as the default of sampler {sampler!r}; it can be that of {others}"
+            )
         if unknown := sorted(set(defaults or {}) - set(DEFAULTS)):
             raise ConfigError(f"unknown default(s) {', '.join(unknown)}; known: {', '.join(DEFAULTS)}")
         self.first_stage = first_stage
@@ -102,6 +109,7 @@ class LatentDiffusionPipeline:
         self.schedule = schedule
         self.scaling_factor = first_stage.config.scaling_factor if scaling_factor is None else scaling_factor
         self.sampler = sampler
+        self.karras = karras
         self.defaults = {**DEFAULTS, **(defaults or {})}
         steps, scale = self.defaults["num_inference_steps"], self.defaults["guidance_scale"]
         if type(steps) is not int or steps < 1:
@@ -230,7 +238,7 @@ class LatentDiffusionPipeline:
         guidance_rescale: float = 0.0,
         sampler: str | None = None,
         progress: bool = True,
-        karras: bool = False,
+        karras: bool | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make pictures.
 
@@ -250,7 +258,8 @@ class LatentDiffusionPipeline:
             sampler: "ddim", "ddpm", "plms", "euler", "euler_ancestral", "heun", "dpmpp_2m" or "unipc"; None =
                 the model's own. "heun" evaluates the UNet 2 N - 1 times in N steps, "plms" N + 1 times.
             progress: show a progress bar.
-            karras: noise levels spaced after Karras et al. 2022; not for "ddim", "ddpm" and "plms".
+            karras: noise levels spaced after Karras et al. 2022; not for "ddim", "ddpm" and "plms". None = as
+                the model's own sampler has them, and False for another one.
 
         Raises:
             InputError: for anything that cannot be used, before sampling starts.
@@ -260,6 +269,7 @@ class LatentDiffusionPipeline:
         if not _is_scale(scale):
             raise InputError(f"guidance_scale={scale!r} must be a finite number, such as 2.0")
         sampler = sampler or self.sampler
+        karras = (self.karras and sampler == self.sampler) if karras is None else karras
         self._check_call(output_type, sampler, eta, num_images_per_prompt)
         levels = noise_levels(self.schedule, sampler, steps, karras=karras)
 
@@ -395,24 +405,26 @@ class LatentDiffusionPipeline:
 
         A text-conditioned one is laid out as diffusers' LDMTextToImagePipeline, which loads it (and makes the
         same pictures where the first stage shrinks by 8 and the text window is 77: that class assumes both).
-        The scheduler is written as a DDIM or DDPM one, and another sampler's name beside it.
+        The scheduler is written as diffusers' class of the sampler, and what that does not know beside it.
         """
         text = isinstance(self.conditioner, TextConditioner)
-        scheduler = _SCHEDULERS.get(self.sampler, "DDIMScheduler")
+        scheduler = self.schedule.to_config(class_of(self.sampler))
+        read_back = NoiseSchedule.from_config(scheduler).to_fields()
+        lost = {key: value for key, value in self.schedule.to_fields().items() if value != read_back[key]}
         index = {
             "_class_name": "LDMTextToImagePipeline" if text else type(self).__name__,
             # diffusers skips what begins with an underscore.
             "_defaults": self.defaults,
-            **({} if self.sampler in _SCHEDULERS else {"_sampler": self.sampler}),
+            **({"_schedule": lost} if lost else {}),
         }
         with folders.writing_pipeline(path, index) as folder:
             for name, part in self.components.items():
                 library, class_name = "diffusers", type(part).__name__
                 if isinstance(part, NoiseSchedule):
-                    class_name = scheduler
+                    class_name = scheduler["_class_name"]
+                    config = {**scheduler, **({"use_karras_sigmas": True} if self.karras else {})}
                     (folder / name).mkdir(exist_ok=True)
-                    config = json.dumps(part.to_config(scheduler), indent=2)
-                    atomic_write(folder / name / "scheduler_config.json", config + "\n")
+                    atomic_write(folder / name / "scheduler_config.json", json.dumps(config, indent=2) + "\n")
                 elif isinstance(part, Tokenizer):
                     library, class_name = "transformers", "PreTrainedTokenizerFast"
                     part.save_pretrained(folder / name)
@@ -440,6 +452,8 @@ class LatentDiffusionPipeline:
     ) -> LatentDiffusionPipeline:
         """Load a pipeline folder: ours, or that of diffusers' LDMTextToImagePipeline.
 
+        Its sampler is that of the scheduler's class, on Karras' noise levels where the scheduler is.
+
         Args:
             path: a folder, the name of a shipped model ("shapes"), or a name on the hub. A folder goes first.
             torch_dtype: of the parameters; None = float32.
@@ -462,12 +476,21 @@ class LatentDiffusionPipeline:
                 conditioner = TextConditioner(encoder, tokenizer).eval()
             unets = {"UNet2DConditionModel": UNet2DConditionModel}
             unet = cls._load(folder, index, ("unet",), unets, how)
-            schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
-            scheduler = folders.part_class(index, "scheduler")
-            sampler = next((name for name, peer in _SCHEDULERS.items() if peer == scheduler), "ddim")
-            sampler = index.get("_sampler", sampler)
+            config = read_json(folder / "scheduler" / "scheduler_config.json")
+            # diffusers makes the class that the index names of whatever config there is.
+            if named := folders.part_class(index, "scheduler"):
+                config = {**config, "_class_name": named}
+            schedule = NoiseSchedule.from_config(config)
+            schedule = NoiseSchedule.from_config({**schedule.to_fields(), **index.get("_schedule", {})})
+            sampler, karras = sampler_of(config)
             return cls(
-                first_stage, conditioner, unet, schedule, sampler=sampler, defaults=index.get("_defaults")
+                first_stage,
+                conditioner,
+                unet,
+                schedule,
+                sampler=sampler,
+                karras=karras,
+                defaults=index.get("_defaults"),
             )
         except ConfigError as error:
             raise CheckpointError(f"{folder}: {error}") from error

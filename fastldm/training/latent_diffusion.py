@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
-from fastldm.diffusion import NoiseSchedule, drop_condition, hybrid_loss, simple_loss
+from fastldm.diffusion import NoiseSchedule, drop_condition, hybrid_loss, noise_levels, simple_loss
 from fastldm.errors import CheckpointError, ConfigError
 from fastldm.models.autoencoder_kl import AutoencoderKL, DiagonalGaussianDistribution
 from fastldm.models.conditioners import ClassConditioner, SpatialConditioner, TextConditioner, predict
@@ -232,7 +232,7 @@ class LatentDiffusionTask:
         pipeline = self.pipeline()
         if sampling.prompts:
             pipeline.conditioner.prepare(sampling.prompts)
-        pipeline.schedule.timesteps(sampling.num_inference_steps)
+        noise_levels(self.schedule, sampling.sampler, sampling.num_inference_steps)
 
     @torch.no_grad()
     def _moments(self, images: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def test_a_config_of_2022_loads():
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"_class_name": "PNDMScheduler"}, "PNDMScheduler is not offered"),
+        ({"_class_name": "LMSDiscreteScheduler"}, "LMSDiscreteScheduler is not offered"),
         ({"beta_shedule": "linear"}, "beta_shedule"),
         ({"timestep_values": [1, 2]}, "timestep_values"),
         ({"beta_schedule": "sigmoid"}, "linear, scaled_linear, squaredcos_cap_v2"),

@@ -74,6 +74,10 @@ def test_another_sampler_s_picture_is_the_peer_s(pipeline, latents, sampler, pee
     karras = "use_karras_sigmas" in options
     found = ours(latents=latents(1), sampler=sampler, karras=karras, progress=False, **arguments).images
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    peer.save_pretrained(tmp_path / "peer")
+    theirs = LatentDiffusionPipeline.from_pretrained(tmp_path / "peer")
+    assert (theirs.sampler, theirs.karras) == (sampler, karras)
+    assert np.array_equal(theirs(latents=latents(1), progress=False, **arguments).images, found)
     assert np.abs(found - ours(latents=latents(1), progress=False, **arguments).images).max() > 1e-3
 
 
