@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--karras",
         action="store_true",
-        help="Karras spacing of noise levels (euler, heun, dpmpp_2m, unipc, ...)",
+        default=None,
+        help="Karras spacing of noise levels (euler, heun, dpmpp_2m, unipc, ...; default: the model's)",
     )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures per caption")
     parser.add_argument(
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
                 negative_prompt=arguments.negative_prompt,
                 num_images_per_prompt=arguments.num_images,
                 eta=arguments.eta,
-                karras=arguments.karras or None,
+                karras=arguments.karras,
                 generator=torch.Generator().manual_seed(arguments.seed),
                 progress=sys.stderr.isatty(),
             ).images
