@@ -80,9 +80,7 @@ def vlb_terms(model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, schedule
     wider = log_variance - lowest.log()
     squared = (x0_weight * error).square() * (-log_variance).exp()
     divergence = 0.5 * (wider + torch.expm1(-wider) + squared)
-    # No error elsewhere than at t = 0: at the noisy end it can be too large to square.
-    at_first = torch.where(first, error, torch.zeros_like(error))
-    nats = torch.where(first, -_discretised_log_likelihood(x0, at_first, log_variance), divergence)
+    nats = torch.where(first, -_discretised_log_likelihood(x0, error, log_variance), divergence)
     return nats.flatten(1).mean(dim=1) / math.log(2)
 
 
