@@ -103,9 +103,8 @@ def hybrid_loss(
 ) -> Tensor:
     """L_simple + vlb_weight L_vlb, (B,) (Nichol and Dhariwal 2021, eq. 16); L_vlb trains the variance alone.
 
-    L_vlb is the sum of L_t over all T timesteps, so one t drawn uniformly counts T times. At the default
-    weight that is the factor T / 1000 of guided-diffusion's RESCALED_MSE; another T keeps the paper's balance
-    of the two losses.
+    L_vlb is the sum of L_t over all T timesteps, so L_t at one t drawn uniformly counts T times. With the
+    paper's weight of 1e-3 its factor is the T / 1000 of guided-diffusion's RESCALED_MSE.
 
     Arguments as in `simple_loss`; model_output (B, 2C, ...).
 
