@@ -78,16 +78,16 @@ def test_auto_never_takes_what_was_not_measured(kernels):
 
 
 @pytest.mark.parametrize(
-    ("entry", "backend"),
+    ("entry", "chosen"),
     [
         ({"direction": "forward", "key": {"channels": 4}}, "cuda"),
         ({"direction": "forward", "key": {"channels": 8}}, "torch"),
         ({"direction": "backward", "key": {"channels": 4}}, "torch"),
     ],
 )
-def test_auto_takes_what_a_table_names(kernels, entry, backend):
+def test_auto_takes_what_a_table_names(kernels, entry, chosen):
     kernels([entry])
-    assert backend_of_a_call().backend == backend
+    assert backend_of_a_call().backend == chosen
 
 
 def test_what_is_not_written_is_said(kernels):

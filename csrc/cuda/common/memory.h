@@ -388,10 +388,10 @@ class SharedLayout {
 };
 
 #ifndef FASTLDM_HOST_SHIM
-extern __shared__ __align__(1024) char dynamic_shared_bytes[];
+extern __shared__ __align__(128) char dynamic_shared_bytes[];
 #endif
 
-// `count` elements at a byte offset of dynamic shared memory, which begins at a multiple of 1024.
+// `count` elements at a byte offset of dynamic shared memory, which begins at a multiple of 128.
 template <class T>
 FASTLDM_DEVICE Shared<T> dynamic_shared(int offset, int count) {
 #ifdef FASTLDM_HOST_SHIM

@@ -16,6 +16,8 @@
 #include <exception>
 #include <string>
 
+#include "cuda/shim/numbers.h"
+
 namespace fastldm::shim {
 
 inline constexpr int kWarp = 32;
@@ -76,10 +78,6 @@ enum class Mma { half_16, bfloat_16, half_8, bfloat_8, tf32_8 };
 // Fragments as in cuda/common/mma.h; `row` is null in lanes whose row is not looked at.
 void load_matrices(std::uint32_t* registers, int count, bool transposed, const char* row);
 void mma(Mma kind, float* d, const std::uint32_t* a, const std::uint32_t* b);
-
-float half_to_float(std::uint16_t bits);
-std::uint16_t float_to_half(float value);
-std::uint16_t float_to_bfloat16(float value);
 
 // What the last call under `guarded` threw; empty where nothing.
 std::string& last_error();
