@@ -43,12 +43,12 @@ void cluster_sum(Tensor x, std::int64_t cluster, Tensor sums) {
                        to_int(cluster), Launching(x));
 }
 
-void histogram(Tensor values, Tensor counts, Tensor least) {
+void histogram(Tensor values, Tensor counts, Tensor least, Tensor first) {
   const std::int64_t blocks = (values.numel() + SelftestHistogram::threads - 1) / SelftestHistogram::threads;
   selftest_histogram(contiguous<std::int32_t>(values, values.numel(), ScalarType::Int),
                      contiguous<std::int32_t>(counts, 16, ScalarType::Int),
-                     contiguous<std::int32_t>(least, blocks, ScalarType::Int), to_int(values.numel()),
-                     Launching(values));
+                     contiguous<std::int32_t>(least, blocks, ScalarType::Int),
+                     contiguous<std::int64_t>(first, 1, ScalarType::Long), to_int(values.numel()), Launching(values));
 }
 
 void warp(Tensor x, Tensor out) {
@@ -73,7 +73,7 @@ void math(Tensor x, Tensor out) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastldm_cuda, library) {
   library.def("selftest_matmul(Tensor a, Tensor b, bool transposed, Tensor(a!) c) -> ()");
   library.def("selftest_cluster_sum(Tensor x, int cluster, Tensor(a!) sums) -> ()");
-  library.def("selftest_histogram(Tensor values, Tensor(a!) counts, Tensor(b!) least) -> ()");
+  library.def("selftest_histogram(Tensor values, Tensor(a!) counts, Tensor(b!) least, Tensor(c!) first) -> ()");
   library.def("selftest_warp(Tensor x, Tensor(a!) out) -> ()");
   library.def("selftest_copy(Tensor x, Tensor(a!) y) -> ()");
   library.def("selftest_math(Tensor x, Tensor(a!) out) -> ()");

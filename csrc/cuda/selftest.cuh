@@ -170,7 +170,8 @@ struct SelftestHistogram {
   struct Params {
     Global<const std::int32_t> values;
     Global<std::int32_t> counts;
-    Global<std::int32_t> least;  // the least of each block's values
+    Global<std::int32_t> least;  // of each block's values
+    Global<std::int64_t> first;  // of all: the least value above its lowest position, in 32 bits each
     int count;
   };
 
@@ -185,6 +186,7 @@ struct SelftestHistogram {
       const int value = params.values.load(i);
       counts.atomic_add(value, 1);
       least.atomic_min(0, value);
+      params.first.atomic_min(0, static_cast<std::int64_t>(value) << 32 | i);
     }
     block_sync();
     if (thread_id() < 16) params.counts.atomic_add(thread_id(), counts.load(thread_id()));

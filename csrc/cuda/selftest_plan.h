@@ -27,12 +27,12 @@ inline void selftest_cluster_sum(const float* x, float* sums, int rows, int colu
   launch<SelftestClusterSum>(shape, {{x, static_cast<std::int64_t>(rows) * columns}, {sums, rows}, columns}, context);
 }
 
-// `counts` begins at 0.
-inline void selftest_histogram(const std::int32_t* values, std::int32_t* counts, std::int32_t* least, int count,
-                               const Context& context) {
+// `counts` begins at 0, `first` at the largest number.
+inline void selftest_histogram(const std::int32_t* values, std::int32_t* counts, std::int32_t* least,
+                               std::int64_t* first, int count, const Context& context) {
   Shape shape;
   shape.grid_x = (count + SelftestHistogram::threads - 1) / SelftestHistogram::threads;
-  launch<SelftestHistogram>(shape, {{values, count}, {counts, 16}, {least, shape.grid_x}, count}, context);
+  launch<SelftestHistogram>(shape, {{values, count}, {counts, 16}, {least, shape.grid_x}, {first, 1}, count}, context);
 }
 
 inline void selftest_warp(const float* x, float* out, const Context& context) {

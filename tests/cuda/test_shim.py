@@ -52,12 +52,20 @@ def test_cluster_sum(shim, unwritten, blocks):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_histogram(shim, unwritten):
-    values = torch.randint(2, 16, (1000,), dtype=torch.int32)
-    counts, least = torch.zeros(16, dtype=torch.int32), unwritten(11, dtype=torch.int32)
-    shim("selftest")("histogram", values, counts, least, 1000)
+def histogram(shim, count, seed=0):
+    values = torch.randint(2, 16, (count,), dtype=torch.int32)
+    counts, first = torch.zeros(16, dtype=torch.int32), torch.tensor([2**62])
+    least = torch.full((-(-count // 96),), -1, dtype=torch.int32)
+    shim("histogram", values, counts, least, first, count, seed=seed)
+    return values, counts, least, first
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_histogram(shim, seed):
+    values, counts, least, first = histogram(shim("selftest"), 1000, seed)
     assert torch.equal(counts.long(), torch.bincount(values, minlength=16))
     assert least.tolist() == [int(part.min()) for part in values.split(96)]
+    assert first.item() == int(values.min()) << 32 | values.tolist().index(values.min())
 
 
 def test_warp(shim, unwritten):
@@ -248,14 +256,7 @@ def test_broken_kernels_are_seen(broken_shim, unwritten, name):
         elif function == "cluster_sum":
             shim("cluster_sum", torch.randn(3, 1000), unwritten(3), 3, 1000, 2, 90, seed=seed)
         elif function == "histogram":
-            values = torch.randint(0, 16, (500,), dtype=torch.int32)
-            shim(
-                "histogram",
-                values,
-                torch.zeros(16, dtype=torch.int32),
-                torch.zeros(6, dtype=torch.int32),
-                500,
-            )
+            histogram(shim, 500, seed)
         elif function == "warp":
             shim("warp", torch.randn(32), unwritten(10, 32), seed=seed)
         else:

@@ -174,6 +174,22 @@ class Global {
 #endif
   }
 
+  // Leaves the lesser of the two and gives what was there: a float, made an integer of the same order, with an index
+  // below it, finds the first of the least across blocks.
+  FASTLDM_DEVICE Value atomic_min(std::int64_t i, Value value) const {
+    static_assert(std::is_integral_v<Value>, "compare floats by an integer of the same order");
+#ifdef FASTLDM_HOST_SHIM
+    check(i, sizeof(Value), sizeof(Value));
+    const Value before = data_[i];
+    data_[i] = value < before ? value : before;
+    return before;
+#else
+    using Wide = std::conditional_t<std::is_signed_v<Value>, long long, unsigned long long>;
+    using Word = std::conditional_t<sizeof(Value) == 8, Wide, Value>;
+    return static_cast<Value>(atomicMin(reinterpret_cast<Word*>(data_ + i), static_cast<Word>(value)));
+#endif
+  }
+
  private:
   template <class>
   friend class Global;

@@ -23,8 +23,9 @@ extern "C" void cluster_sum(const float* x, float* sums, int rows, int columns, 
   shim::guarded([&] { selftest_cluster_sum(x, sums, rows, columns, cluster, gpu(capability)); });
 }
 
-extern "C" void histogram(const std::int32_t* values, std::int32_t* counts, std::int32_t* least, int count) {
-  shim::guarded([&] { selftest_histogram(values, counts, least, count, gpu(80)); });
+extern "C" void histogram(const std::int32_t* values, std::int32_t* counts, std::int32_t* least, std::int64_t* first,
+                          int count) {
+  shim::guarded([&] { selftest_histogram(values, counts, least, first, count, gpu(80)); });
 }
 
 extern "C" void warp(const float* x, float* out) {
