@@ -23,7 +23,7 @@ _COMMANDS = {
     "sample": "draw pictures from captions",
     "train": "train a first stage (vq) or a latent diffusion model (ldm)",
     "evaluate": "measure how well pictures match captions of the built-in shapes",
-    "build": "compile the C++ kernels for this machine",
+    "build": "compile the C++ and CUDA kernels for this machine",
     "env": "show versions, devices and which backends are live",
 }
 
