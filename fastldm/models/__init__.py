@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 
 _NAMES = {
+    "ADMClassifier": "fastldm.models.classifier",
+    "ADMSuperRes": "fastldm.models.adm",
+    "ADMUNet": "fastldm.models.adm",
     "AutoencoderKL": "fastldm.models.autoencoder_kl",
     "AutoencoderKLOutput": "fastldm.models.autoencoder_kl",
     "CLIPModel": "fastldm.models.clip",
@@ -14,12 +17,12 @@ _NAMES = {
     "CLIPTowerOutput": "fastldm.models.clip_towers",
     "CLIPVisionModel": "fastldm.models.clip_towers",
     "ClassConditioner": "fastldm.models.conditioners",
+    "ClassifierOutput": "fastldm.models.classifier",
     "Conditioning": "fastldm.models.conditioners",
     "DecoderOutput": "fastldm.models.autoencoder_blocks",
     "DiagonalGaussianDistribution": "fastldm.models.autoencoder_kl",
     "LDMBertModel": "fastldm.models.text_transformer",
     "Model": "fastldm.models.base",
-    "NoisyClassifier": "fastldm.models.classifier",
     "SpatialConditioner": "fastldm.models.conditioners",
     "TextConditioner": "fastldm.models.conditioners",
     "Tokenizer": "fastldm.models.tokenizer",
