@@ -21,6 +21,7 @@ _NAMES = {
     "Conditioning": "fastldm.models.conditioners",
     "DecoderOutput": "fastldm.models.autoencoder_blocks",
     "DiagonalGaussianDistribution": "fastldm.models.autoencoder_kl",
+    "GlideTokenizer": "fastldm.models.glide_tokenizer",
     "LDMBertModel": "fastldm.models.text_transformer",
     "Model": "fastldm.models.base",
     "SpatialConditioner": "fastldm.models.conditioners",
