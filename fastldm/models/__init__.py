@@ -21,7 +21,9 @@ _NAMES = {
     "Conditioning": "fastldm.models.conditioners",
     "DecoderOutput": "fastldm.models.autoencoder_blocks",
     "DiagonalGaussianDistribution": "fastldm.models.autoencoder_kl",
+    "GlideTextOutput": "fastldm.models.glide",
     "GlideTokenizer": "fastldm.models.glide_tokenizer",
+    "GlideUNet": "fastldm.models.glide",
     "LDMBertModel": "fastldm.models.text_transformer",
     "Model": "fastldm.models.base",
     "SpatialConditioner": "fastldm.models.conditioners",
@@ -31,6 +33,7 @@ _NAMES = {
     "UNet2DConditionOutput": "fastldm.models.unet",
     "VQEncoderOutput": "fastldm.models.vq_model",
     "VQModel": "fastldm.models.vq_model",
+    "glide_inpainting": "fastldm.models.glide",
 }
 
 __all__ = sorted(_NAMES)

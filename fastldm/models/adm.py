@@ -319,7 +319,7 @@ class ADMSuperRes(ADMUNet):
         `low_res` is resized bilinearly to H and W. The rest, and what is refused, is as in `ADMUNet`.
         """
         self._check_sample(sample)
-        hidden = torch.cat([sample, resized(low_res, sample)], dim=1)
+        hidden = joined([sample, resized(low_res, sample)], like=sample)
         return self._predict(sample, hidden, timestep, class_labels, return_dict)
 
 
@@ -333,6 +333,16 @@ def resized(low_res: Tensor | None, sample: Tensor) -> Tensor:
             "and channels, of any height and width"
         )
     return F.interpolate(low_res, sample.shape[2:], mode="bilinear", align_corners=False)
+
+
+def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """One after the other along the channels, in the memory format of `like`.
+
+    `torch.cat` alone forgets channels-last at a part that is not, or is empty.
+    """
+    plain = like.is_contiguous() or not like.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.contiguous_format if plain else torch.channels_last
+    return torch.cat(list(parts), dim=1).contiguous(memory_format=layout)
 
 
 def check_ids(name: str, ids: Tensor, count: int) -> None:

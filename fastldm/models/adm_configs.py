@@ -2,7 +2,8 @@
 
     ADMUNet.from_openai("64x64_diffusion.pt", **ADM["64x64_diffusion"])
 
-The files of guided-diffusion and the flags its README gives for them (July 2021).
+The files of guided-diffusion and the flags its README gives for them (July 2021), and those of glide-text2im
+and its own defaults (December 2021).
 """
 
 from __future__ import annotations
@@ -70,3 +71,13 @@ ADM_CLASSIFIERS: dict[str, dict[str, Any]] = {
     for size, levels in _LEVELS.items()
 }
 """For `ADMClassifier`."""
+
+_UPSAMPLE = {"image_size": 256, "num_res_blocks": 2, "channel_mult": _LEVELS[256], "super_res": True}
+
+GLIDE: dict[str, dict[str, Any]] = {
+    "base": {},
+    "base_inpaint": {"inpaint": True},
+    "upsample": _UPSAMPLE,
+    "upsample_inpaint": {**_UPSAMPLE, "inpaint": True},
+}
+"""For `GlideUNet`."""

@@ -208,6 +208,63 @@ class Oracle:
         return self.affine("out.2.c_proj", self.attend(q, k, v)[:, 0])
 
 
+def diffusers_state(ours, f):
+    """The weights of `ours` under the names of diffusers' UNets; GLIDE's text transformer is left out."""
+    depth, levels = f["num_res_blocks"], len(f["channel_mult"])
+    places = {"input_blocks.0.0.": "conv_in."}
+    for level in range(levels):
+        attention = f["image_size"] >> level in f["attention_resolutions"]
+        for i in range(depth):
+            block = f"input_blocks.{1 + level * (depth + 1) + i}"
+            places[f"{block}.0."] = f"down_blocks.{level}.resnets.{i}."
+            if attention:
+                places[f"{block}.1."] = f"down_blocks.{level}.attentions.{i}."
+        places[f"input_blocks.{(level + 1) * (depth + 1)}.0."] = f"down_blocks.{level}.downsamplers.0."
+        for i in range(depth + 1):
+            block = f"output_blocks.{(levels - 1 - level) * (depth + 1) + i}"
+            stage = f"up_blocks.{levels - 1 - level}"
+            places[f"{block}.0."] = f"{stage}.resnets.{i}."
+            if attention:
+                places[f"{block}.1."] = f"{stage}.attentions.{i}."
+            places[f"{block}.{1 + attention}."] = f"{stage}.upsamplers.0."
+    places |= {f"middle_block.{2 * i}.": f"mid_block.resnets.{i}." for i in (0, 1)}
+    places |= {"middle_block.1.": "mid_block.attentions.0."}
+    places |= {"time_embed.0.": "time_embedding.linear_1.", "time_embed.2.": "time_embedding.linear_2."}
+    places |= {"label_emb.": "class_embedding.", "out.0.": "conv_norm_out.", "out.2.": "conv_out."}
+    layers = {
+        "in_layers.0.": "norm1.",
+        "in_layers.2.": "conv1.",
+        "emb_layers.1.": "time_emb_proj.",
+        "out_layers.0.": "norm2.",
+        "out_layers.3.": "conv2.",
+        "skip_connection.": "conv_shortcut.",
+        "norm.": "group_norm.",
+        "proj_out.": "to_out.0.",
+        "op.": "conv.",
+    }
+    state = {}
+    for key, tensor in ours.items():
+        found = [(old, new) for old, new in places.items() if key.startswith(old)]
+        if not found:
+            continue
+        ((old, new),) = found
+        rest, tensor = key[len(old) :], tensor.squeeze(-1) if tensor.ndim == 3 else tensor
+        if rest.startswith(("qkv.", "encoder_kv.")):
+            layer, kind = rest.split(".")
+            names = ("to_q", "to_k", "to_v") if layer == "qkv" else ("add_k_proj", "add_v_proj")
+            heads = len(tensor) // len(names) // f["num_head_channels"]
+            if f.get("use_new_attention_order"):
+                parts = tensor.chunk(3)
+            else:
+                parts = tensor.unflatten(0, (heads, len(names), -1)).transpose(0, 1).flatten(1, 2)
+            state |= {f"{new}{name}.{kind}": part for name, part in zip(names, parts)}
+            continue
+        for a, b in layers.items():
+            rest = b + rest[len(a) :] if rest.startswith(a) else rest
+        state[new + rest] = tensor
+    return state
+
+
 def randomised(model):
     """The model with all weights drawn, those that start as zero too: everything shows in the output."""
     generator = torch.Generator().manual_seed(1)
