@@ -167,7 +167,7 @@ class GlideUNet(ADMNetwork):
             tokens, mask: the texts, see `encode_text`.
             text: what `encode_text` made of them, in their place.
             low_res: (B, in_channels, h, w), resized bilinearly to H and W; needed with `super_res`.
-            inpaint_image, inpaint_mask: the shape of `sample`, and (B, 1, H, W) in its dtype with 1 where the
+            inpaint_image, inpaint_mask: the shape of `sample`, and (B, 1, H, W) with 1 or True where the
                 picture is known. Both or neither: without them nothing is known.
             return_dict: False returns a tuple of one tensor.
 
@@ -205,7 +205,8 @@ class GlideUNet(ADMNetwork):
                     f"inpaint_image {tuple(image.shape)} and inpaint_mask {tuple(mask.shape)}: give "
                     f"{tuple(sample.shape)} and {wanted}"
                 )
-            parts += [image * mask, mask.to(sample.dtype)]
+            mask = mask.to(sample.dtype)
+            parts += [image * mask, mask]
         elif image is not None or mask is not None:
             raise InputError("this network does not inpaint; make it one with glide_inpainting, or give none")
         if self.config.super_res:

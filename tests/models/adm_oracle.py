@@ -126,8 +126,10 @@ class Oracle:
     def embedding(self, t):
         width = self.f["model_channels"]
         half = width // 2
-        angles = t.double()[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-        features = torch.cat([angles.cos(), angles.sin()], 1)
+        # In float32 as published: at t = 999 the last bit of a frequency shows in the features.
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+        angles = t.float()[:, None] * frequencies
+        features = torch.cat([angles.cos(), angles.sin()], 1).double()
         return self.affine("time_embed.2", F.silu(self.affine("time_embed.0", features)))
 
     def encode(self, x, emb, text=None):

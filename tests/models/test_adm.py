@@ -238,6 +238,8 @@ def test_a_file_with_code_or_none_is_refused(tmp_path):
         ({"num_heads": 3}, "num_heads=3"),
         ({"num_heads": 0}, "num_heads=0"),
         ({"num_heads_upsample": 0}, "num_heads=0"),
+        ({"channel_mult": "1,2"}, r"channel_mult='1,2'.*\(32, 16, 8\)"),
+        ({"attention_resolutions": "8"}, "attention_resolutions='8'"),
         ({"dims": 3}, "dims"),
         ({"use_fp16": True}, "use_fp16"),
         ({"class_cond": True}, "class_cond"),
@@ -327,17 +329,19 @@ def test_half_precision_stays_near(dtype, name):
 
 @torch.no_grad()
 def test_channels_last_goes_through():
-    model = build()
+    model = build(ADMSuperRes)
     x, t, _ = inputs(model)
-    wanted = model(x, t).sample
+    low_res = torch.randn(3, 3, 4, 4)
+    wanted = model(x, t, low_res=low_res).sample
     strides = {}
     model.to(memory_format=torch.channels_last)
     for name, module in model.named_modules():
         if name in ("input_blocks.3.1", "middle_block", "output_blocks.1.1"):
             module.register_forward_hook(lambda m, args, out, name=name: strides.update({name: out}))
-    found = model(x.contiguous(memory_format=torch.channels_last), t).sample
+    model.input_blocks[0].register_forward_pre_hook(lambda m, args: strides.update(input=args[0]))
+    found = model(x.contiguous(memory_format=torch.channels_last), t, low_res=low_res).sample
     close(found, wanted)
-    assert len(strides) == 3
+    assert len(strides) == 4
     for out in (*strides.values(), found):
         assert out.is_contiguous(memory_format=torch.channels_last)
 

@@ -112,6 +112,8 @@ def test_texts_and_pictures_all_show_in_the_output():
         assert same == [name == "tokens", False, False], name
     hidden = given["inpaint_image"] + 5 * (1 - given["inpaint_mask"])
     assert torch.equal(model(x, t, **text, **{**given, "inpaint_image": hidden}).sample, wanted)
+    known = {**given, "inpaint_mask": given["inpaint_mask"].bool()}
+    assert torch.equal(model(x, t, **text, **known).sample, wanted)
     masks = {"inpaint_image": None, "inpaint_mask": None}
     nothing = {"inpaint_image": torch.randn(3, 3, 16, 8), "inpaint_mask": torch.zeros(3, 1, 16, 8)}
     none, zero = (model(x, t, **text, **{**given, **what}).sample for what in (masks, nothing))

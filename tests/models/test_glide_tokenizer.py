@@ -159,6 +159,8 @@ def test_a_tokenizer_learns_from_captions(tmp_path):
     assert mask.sum(1).tolist() == [len(caption.split()) for caption in captions]  # a token per word
     assert [tokenizer.decode(row) for row in tokens] == [caption.lower() for caption in captions]
     assert tokenizer.vocab == GlideTokenizer.from_captions(captions[::-1], merges=300).vocab
+    capitals = [caption.upper() for caption in captions]
+    assert tokenizer.vocab == GlideTokenizer.from_captions(capitals, merges=300).vocab
     few = GlideTokenizer.from_captions(captions, merges=5)
     assert few.vocab_size == 256 + 5 + 1
     assert few.decode(few("Qu'est-ce? 漢")[0][0]) == "qu'est-ce? 漢"
