@@ -1,9 +1,9 @@
-"""What pyproject.toml cannot say: where the packages come from, and the optional compiled extension.
+"""What pyproject.toml cannot say: where the packages come from, and the optional compiled extensions.
 
 `kernels/<op>` installs as `fastldm.kernels.<op>`, and the C++ and CUDA sources as data of `fastldm.csrc`, so
 that an installed copy can be compiled later, by `fastldm build`. It imports without torch: metadata never
-depends on the machine. FASTLDM_BUILD=1 compiles the extension into the wheel; torch must then be installed,
-and pip be given --no-build-isolation.
+depends on the machine. FASTLDM_BUILD=1 compiles the C++ extension into the wheel, and the CUDA one where nvcc
+and a CUDA build of torch are found; torch must then be installed, and pip be given --no-build-isolation.
 """
 
 import os
@@ -34,13 +34,21 @@ class BuildPython(build_py):
         super().run()
         if WITH_EXTENSION:
             sys.path.insert(0, str(ROOT))
-            from fastldm.native import build
+            from fastldm.native import build, build_cuda
 
+            missing = build_cuda.missing()
+            if missing is not None:
+                print(f"fastldm: going on without the CUDA kernels: {missing}")
             if self.editable_mode:
                 build.build()
+                if missing is None:
+                    build_cuda.build()
                 return
-            target = Path(self.build_lib, "fastldm", "native", build.binary_name())
-            build.compile_extension(target, build.find_compiler(), build.silent)
+            folder = Path(self.build_lib, "fastldm", "native")
+            build.compile_extension(folder / build.binary_name(), build.find_compiler(), build.silent)
+            if missing is None:
+                target = folder / build_cuda.binary_name()
+                build_cuda.compile_extension(target, build_cuda.find_tools(), build.silent)
 
 
 class WithExtension(Distribution):
@@ -63,7 +71,7 @@ setup(
     package_dir={**kernel_packages(), "fastldm.csrc": "csrc"},
     package_data={
         "fastldm": ["configs/*.yaml", "assets/**/*"],
-        "fastldm.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh", "*.md"],
+        "fastldm.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh", "**/*.json", "*.md"],
         **{name: ["tables/*.json"] for name in kernel_packages()},
     },
     distclass=WithExtension,

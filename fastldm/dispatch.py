@@ -31,7 +31,7 @@ BACKENDS: dict[str, str] = {
     "torch": "fastldm.eager:implementation",
     "cpu": "fastldm.native:cpu",
     "triton": "fastldm.native.triton:implementation",
-    "cuda": "fastldm.native:cuda",
+    "cuda": "fastldm.native.cuda:implementation",
 }
 
 AUTO: dict[str, tuple[str, ...]] = {

@@ -21,10 +21,10 @@ from fastldm.errors import FastLDMError
 
 _COMMANDS = {
     "sample": "draw pictures from captions",
-    "train": "train a first stage (vq) or a latent diffusion model (ldm)",
+    "train": "train a first stage, latent diffusion, CLIP or a classifier",
     "evaluate": "measure how well pictures match captions of the built-in shapes",
     "reproduce": "run the experiment behind a claim of the field",
-    "build": "compile the C++ kernels for this machine",
+    "build": "compile the C++ and CUDA kernels for this machine",
     "env": "show versions, devices and which backends are live",
 }
 

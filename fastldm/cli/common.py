@@ -57,7 +57,8 @@ def load_pipeline(arguments: argparse.Namespace) -> LatentDiffusionPipeline:
     if not 0 <= arguments.seed < 2**63:
         raise InputError(f"--seed {arguments.seed}: give 0 or more, below 2^63")
     pipeline = LatentDiffusionPipeline.from_pretrained(arguments.model)
-    pipeline.sampler = arguments.sampler or pipeline.sampler
+    if arguments.sampler not in (None, pipeline.sampler):
+        pipeline.sampler, pipeline.karras = arguments.sampler, False
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         pipeline.to(device)

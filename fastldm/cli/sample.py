@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--karras",
         action="store_true",
-        help="Karras spacing of noise levels (euler, heun, dpmpp_2m, unipc, ...)",
+        default=None,
+        help="Karras spacing of noise levels (euler, heun, dpmpp_2m, unipc, ...; default: the model's)",
     )
     parser.add_argument(
         "--clip", metavar="FOLDER", help="a CLIP whose gradient guides to the captions (`fastldm train clip`)"

@@ -1,4 +1,4 @@
-"""Diffusion over any denoiser: noise schedules, prediction types, samplers and guidance."""
+"""Diffusion over any denoiser: noise schedules, prediction types, samplers, guidance and losses."""
 
 from fastldm.diffusion.guidance import (
     classifier_free,
@@ -10,6 +10,7 @@ from fastldm.diffusion.guidance import (
     rescale_guidance,
     score_gradient,
 )
+from fastldm.diffusion.losses import hybrid_loss, simple_loss, vlb_prior, vlb_terms
 from fastldm.diffusion.samplers import (
     NoiseLevels,
     ddim_step,
@@ -37,6 +38,7 @@ from fastldm.diffusion.samplers import (
     unipc_correct,
 )
 from fastldm.diffusion.schedules import NoiseSchedule
+from fastldm.diffusion.variance import split_variance
 
 __all__ = [
     "NoiseLevels",
@@ -55,6 +57,7 @@ __all__ = [
     "flow_sigmas",
     "gradient_guided",
     "heun_step",
+    "hybrid_loss",
     "karras_sigmas",
     "noise_levels",
     "plms_step",
@@ -71,5 +74,9 @@ __all__ = [
     "sample_unipc",
     "score_gradient",
     "shift_sigmas",
+    "simple_loss",
+    "split_variance",
     "unipc_correct",
+    "vlb_prior",
+    "vlb_terms",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastldm.diffusion.schedules import NoiseSchedule
+from fastldm.diffusion.variance import split_variance
 from fastldm.errors import InputError
 
 Conditions = Mapping[str, Tensor | None]
@@ -32,8 +33,8 @@ def classifier_free(
     Ho and Salimans 2022, eq. 6, whose w is scale - 1. The output may be noise, x0 or velocity: each is the
     same affine function of the noise in both halves, so guiding one guides all alike. Both halves run as one
     batch of 2B in the order [unconditional, conditional]. At scale 1 the formula is e_c, and the
-    unconditional half is not computed. Output channels beyond those of x, a learned variance, are the
-    conditional half's.
+    unconditional half is not computed. A learned variance, of twice the channels of x, is the conditional
+    half's.
 
     Args:
         conditions, null_conditions: keyword arguments of the model, tensors (B, ...) or None; same keys,
@@ -61,14 +62,12 @@ def classifier_free(
     }
 
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        output = model(torch.cat([x, x]), torch.cat([t, t]), **both)
-        rest = None
-        if x.ndim > 1 and output.shape[1] > x.shape[1]:
-            output, rest = output[:, : x.shape[1]], output.chunk(2)[1][:, x.shape[1] :]
+        doubled = torch.cat([x, x])
+        output, v = split_variance(model(doubled, torch.cat([t, t]), **both), doubled)
         unconditional, conditional = output.chunk(2)
         guided = unconditional + scale * (conditional - unconditional)
         guided = rescale_guidance(guided, conditional, rescale) if rescale > 0 else guided
-        return guided if rest is None else torch.cat([guided, rest], dim=1)
+        return guided if v is None else torch.cat([guided, v.chunk(2)[1]], dim=1)
 
     return denoiser
 
@@ -210,7 +209,7 @@ def gradient_guided(
     so there is nothing to follow, and x0 is no function of x_t and the noise. That timestep is not guided.
 
     Args:
-        denoiser: of the schedule's `prediction_type`.
+        denoiser: of the schedule's `prediction_type` and `variance_type`; a learned variance stays as it is.
         gradient: `classifier_gradient`, `clip_gradient`, or any other.
 
     Raises:
@@ -227,8 +226,9 @@ def gradient_guided(
             "v_prediction": -sigma / alpha,
         }[schedule.prediction_type]
         factor = torch.where(alpha_bar > 0, factor, 0)
-        output = denoiser(x, t)
-        return output + (scale * factor * gradient(x, t)).to(output.dtype)
+        output, v = split_variance(denoiser(x, t), x, schedule)
+        moved = output + (scale * factor * gradient(x, t)).to(output.dtype)
+        return moved if v is None else torch.cat([moved, v], dim=1)
 
     return guided
 

@@ -1,8 +1,8 @@
 """Noise schedules of discrete-time diffusion: q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I).
 
 A schedule carries the fields of diffusers' `scheduler_config.json`, so the file of a DDPM or DDIM scheduler
-reads and writes without loss. Betas and their products are made in float32, as diffusers makes them, so that
-the numbers agree to the last bit.
+reads and writes without loss, and that of another one but for its sampler's settings. Betas and their
+products are made in float32, as diffusers makes them, so that the numbers agree to the last bit.
 """
 
 from __future__ import annotations
@@ -16,19 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastldm.diffusion import predictions
+from fastldm.diffusion import predictions, scheduler_config
 from fastldm.errors import ConfigError, InputError
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
-VARIANCE_TYPES = ("fixed_small", "fixed_large")
-SCHEDULER_CLASSES = ("DDIMScheduler", "DDPMScheduler")
-
-# Only one of the two diffusers classes knows these; the other would warn about them.
-_ONLY_DDIM = {"set_alpha_to_one"}
-_ONLY_DDPM = {"variance_type"}
-# What diffusers of 2022 wrote beside them, and the values that change nothing.
-_OLD_FIELDS = {"tensor_format": ("pt",), "timestep_values": (None,), "skip_prk_steps": (True, False)}
+VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 
 
 def cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> Tensor:
@@ -55,6 +48,10 @@ class NoiseSchedule:
     """A noise schedule and how a sampler walks it. Fields as in diffusers' schedulers.
 
     `clip_sample` is off by default, unlike diffusers: latents are not bounded by 1.
+
+    `variance_type` is that of DDPM's steps: the posterior's ("fixed_small"), beta ("fixed_large"), or one in
+    between that the denoiser gives in as many channels again ("learned_range"). diffusers' "learned" is not
+    offered: there it is the variance itself, and in Nichol and Dhariwal's code its logarithm.
 
     Attributes:
         betas: float32 (T,).
@@ -173,43 +170,38 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """From the fields of a DDPM or DDIM `scheduler_config.json`; absent ones take diffusers' defaults.
+        """From the `scheduler_config.json` of diffusers' class of any sampler here, or a part of its fields.
+
+        Absent fields take diffusers' defaults. Without `_class_name` it is a DDIMScheduler's.
 
         Raises:
-            ConfigError: for another scheduler class or a field it does not have.
+            ConfigError: for another scheduler class, a field that it does not have, or a setting of it that
+                the sampler here does not work by, such as solver_order=3.
         """
-        class_name = config.get("_class_name", "DDIMScheduler")
-        if class_name not in SCHEDULER_CLASSES:
-            raise ConfigError(
-                f"scheduler class {class_name} is not offered; use {' or '.join(SCHEDULER_CLASSES)}"
-            )
-        given = {
-            key: value
-            for key, value in config.items()
-            if not key.startswith("_") and value not in _OLD_FIELDS.get(key, ())
-        }
-        known = {f.name for f in fields(cls) if f.init}
-        if unknown := sorted(set(given) - known):
-            raise ConfigError(
-                f"unknown scheduler field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
-            )
+        given = scheduler_config.schedule_fields(config)
         try:
-            return cls(**{"clip_sample": True, **given})
+            return cls(**given)
         except (TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"no noise schedule can be built from these fields: {reason}") from error
 
     def to_config(self, class_name: str = "DDIMScheduler") -> dict[str, Any]:
-        """The fields of `scheduler_config.json` for `class_name`, "DDIMScheduler" or "DDPMScheduler"."""
-        if class_name not in SCHEDULER_CLASSES:
-            raise ConfigError(
-                f"scheduler class {class_name} is not offered; use {' or '.join(SCHEDULER_CLASSES)}"
-            )
-        foreign = _ONLY_DDPM if class_name == "DDIMScheduler" else _ONLY_DDIM
-        config = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in foreign}
+        """The fields of `scheduler_config.json` for a class of diffusers', without those it does not have.
+
+        variance_type "learned_range" is among them for every class: it says what the model gives.
+        """
+        return scheduler_config.config_of(self.to_fields(), class_name)
+
+    def to_fields(self) -> dict[str, Any]:
+        """All fields as plain values; `from_config` makes the same schedule of them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         if self.trained_betas is not None:
-            config["trained_betas"] = [float(beta) for beta in self.trained_betas]
-        return {"_class_name": class_name, **config}
+            values["trained_betas"] = [float(beta) for beta in self.trained_betas]
+        return values
+
+    def output_channels(self, channels: int) -> int:
+        """Those of a denoiser's output for x of `channels`: twice as many with a learned variance."""
+        return 2 * channels if self.variance_type == "learned_range" else channels
 
     def alpha_bar(self, like: Tensor, t: Tensor) -> Tensor:
         """abar_t, shaped to broadcast against `like` (B, ...), in at least float32.

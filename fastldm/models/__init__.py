@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 
 _NAMES = {
+    "ADMClassifier": "fastldm.models.classifier",
+    "ADMSuperRes": "fastldm.models.adm",
+    "ADMUNet": "fastldm.models.adm",
     "AutoencoderKL": "fastldm.models.autoencoder_kl",
     "AutoencoderKLOutput": "fastldm.models.autoencoder_kl",
     "CLIPModel": "fastldm.models.clip",
@@ -14,12 +17,15 @@ _NAMES = {
     "CLIPTowerOutput": "fastldm.models.clip_towers",
     "CLIPVisionModel": "fastldm.models.clip_towers",
     "ClassConditioner": "fastldm.models.conditioners",
+    "ClassifierOutput": "fastldm.models.classifier",
     "Conditioning": "fastldm.models.conditioners",
     "DecoderOutput": "fastldm.models.autoencoder_blocks",
     "DiagonalGaussianDistribution": "fastldm.models.autoencoder_kl",
+    "GlideTextOutput": "fastldm.models.glide",
+    "GlideTokenizer": "fastldm.models.glide_tokenizer",
+    "GlideUNet": "fastldm.models.glide",
     "LDMBertModel": "fastldm.models.text_transformer",
     "Model": "fastldm.models.base",
-    "NoisyClassifier": "fastldm.models.classifier",
     "PixelSpace": "fastldm.models.pixel_space",
     "SpatialConditioner": "fastldm.models.conditioners",
     "TextConditioner": "fastldm.models.conditioners",
@@ -28,6 +34,7 @@ _NAMES = {
     "UNet2DConditionOutput": "fastldm.models.unet",
     "VQEncoderOutput": "fastldm.models.vq_model",
     "VQModel": "fastldm.models.vq_model",
+    "glide_inpainting": "fastldm.models.glide",
 }
 
 __all__ = sorted(_NAMES)

@@ -6,13 +6,11 @@ are those of transformers' CLIPTokenizer.
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from fastldm.errors import CheckpointError, InputError
 from fastldm.io import atomic_write
-from fastldm.models.weights import read_json
+from fastldm.models import bpe
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -77,13 +75,14 @@ class CLIPTokenizer:
         bytes, the bytes that end a word, the merged tokens, start and end of text. The same captions give
         the same tokenizer."""
         first = _byte_tokens()
-        splitter = _backend(_numbered(first, []), [])
-        words: Counter[str] = Counter()
+        splitter = _backend(bpe.numbered(first, [], (BOS, EOS)), [])
+        words: Counter[tuple[str, ...]] = Counter()
         for caption in captions:
             text = splitter.normalizer.normalize_str(caption)
-            words.update(piece for piece, _ in splitter.pre_tokenizer.pre_tokenize_str(text))
-        learned = _learn_merges(words, merges)
-        return cls(_numbered(first, learned), learned, max_length)
+            for piece, _ in splitter.pre_tokenizer.pre_tokenize_str(text):
+                words[(*piece[:-1], piece[-1] + END_OF_WORD)] += 1
+        learned = bpe.learn_merges(words, merges)
+        return cls(bpe.numbered(first, learned, (BOS, EOS)), learned, max_length)
 
     @classmethod
     def from_openai(cls, path: str | os.PathLike, max_length: int = 77) -> CLIPTokenizer:
@@ -92,14 +91,9 @@ class CLIPTokenizer:
         Raises:
             CheckpointError: the file cannot be read or holds something else.
         """
-        try:
-            data = Path(path).read_bytes()
-            text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-        except (OSError, EOFError, ValueError) as error:
-            raise CheckpointError(f"cannot read the merges in {path}: {error}") from error
-        merges = _parse_merges(text.split("\n")[1 : _OPENAI_MERGES + 1], path)
+        merges = bpe.read_openai_merges(path, _OPENAI_MERGES)
         first = _byte_tokens()
-        return cls(_numbered(first, merges), merges, max_length, pad_token=first[0])
+        return cls(bpe.numbered(first, merges, (BOS, EOS)), merges, max_length, pad_token=first[0])
 
     @property
     def vocab_size(self) -> int:
@@ -168,10 +162,9 @@ class CLIPTokenizer:
             "unk_token": EOS,
             "pad_token": self.pad_token,
         }
-        merges = "".join(f"{one} {other}\n" for one, other in self.merges)
         vocab = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
         atomic_write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False) + "\n")
-        atomic_write(folder / "merges.txt", f"#version: 0.2\n{merges}")
+        atomic_write(folder / "merges.txt", bpe.merges_text(self.merges))
         atomic_write(folder / "tokenizer.json", whole.to_str(pretty=True))
         atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
@@ -189,26 +182,7 @@ class CLIPTokenizer:
             CheckpointError: if the folder holds no such tokenizer.
         """
         folder = Path(folder) / (subfolder or "")
-        vocab_file, merges_file, whole = (folder / n for n in ("vocab.json", "merges.txt", "tokenizer.json"))
-        if vocab_file.is_file() and merges_file.is_file():
-            vocab = read_json(vocab_file)
-            try:
-                lines = merges_file.read_text("utf-8").split("\n")
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"cannot read {merges_file}: {error}") from error
-            # The heading is a line of its own; "#" is also a symbol that merges.
-            merges = _parse_merges(lines[1:] if lines[0].startswith("#version") else lines, merges_file)
-        elif whole.is_file():
-            model = read_json(whole).get("model", {})
-            if model.get("type") != "BPE" or model.get("end_of_word_suffix") != END_OF_WORD:
-                raise CheckpointError(f"{whole} holds no byte-pair encoding with {END_OF_WORD}")
-            vocab = model["vocab"]
-            # Older files write a pair as one text.
-            merges = [tuple(p.split(" ")) if isinstance(p, str) else tuple(p) for p in model["merges"]]
-        else:
-            raise CheckpointError(f"{folder} holds neither vocab.json with merges.txt nor tokenizer.json")
-        config_file = folder / "tokenizer_config.json"
-        config = read_json(config_file) if config_file.is_file() else {}
+        vocab, merges, config = bpe.read_folder(folder, END_OF_WORD)
         pad = config.get("pad_token", EOS)
         pad = pad["content"] if isinstance(pad, Mapping) else pad
         # transformers writes 1e30 for "no limit".
@@ -239,75 +213,6 @@ def _backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Any
 
 
 def _byte_tokens() -> list[str]:
-    """A printable letter for each byte, those that are printable themselves in front; then the same with
-    `</w>`."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    letters = [chr(byte) for byte in printable]
-    letters += [chr(256 + i) for i in range(256 - len(letters))]
+    """The letters of the bytes, then the same with `</w>`."""
+    letters = bpe.byte_letters()
     return letters + [letter + END_OF_WORD for letter in letters]
-
-
-def _learn_merges(words: Mapping[str, int], most: int) -> list[tuple[str, str]]:
-    """Merge the commonest pair of neighbours, again and again (Sennrich et al. 2016, algorithm 1).
-
-    Of equally common pairs the first in alphabetical order is merged, so that the same words always give the
-    same merges: the trainer of `tokenizers` goes by the order of a hash table.
-
-    Args:
-        words: how often each word, in letters for bytes, occurs.
-        most: of the merges; there are fewer where every word is one symbol before.
-    """
-    spelt = [([*word[:-1], word[-1] + END_OF_WORD], words[word]) for word in sorted(words)]
-    counts: Counter[tuple[str, str]] = Counter()
-    places: dict[tuple[str, str], set[int]] = defaultdict(set)
-
-    def count(i: int, sign: int) -> None:
-        symbols, times = spelt[i]
-        for pair in pairwise(symbols):
-            counts[pair] += sign * times
-            places[pair].add(i)
-
-    for i in range(len(spelt)):
-        count(i, 1)
-    merges = []
-    while len(merges) < most:
-        commonest = max(counts.values(), default=0)
-        if commonest == 0:
-            break
-        best = min(pair for pair, times in counts.items() if times == commonest)
-        merges.append(best)
-        for i in places.pop(best):
-            count(i, -1)
-            spelt[i] = (_merged(spelt[i][0], best), spelt[i][1])
-            count(i, 1)
-        del counts[best]
-    return merges
-
-
-def _merged(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """`symbols` with every `pair` of neighbours joined, from the left."""
-    joined: list[str] = []
-    i = 0
-    while i < len(symbols):
-        found = tuple(symbols[i : i + 2]) == pair
-        joined.append("".join(pair) if found else symbols[i])
-        i += 2 if found else 1
-    return joined
-
-
-def _numbered(first: Sequence[str], merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """The vocabulary of `first`, what `merges` make, start and end of text, in this order."""
-    tokens = dict.fromkeys([*first, *("".join(pair) for pair in merges), BOS, EOS])
-    return {token: i for i, token in enumerate(tokens)}
-
-
-def _parse_merges(lines: Iterable[str], source: str | os.PathLike) -> list[tuple[str, str]]:
-    pairs = [tuple(line.split()) for line in lines if line.strip()]
-    for pair in pairs:
-        if len(pair) != 2:
-            raise CheckpointError(f"{source}: a merge is two symbols, not {' '.join(pair)!r}")
-    return pairs

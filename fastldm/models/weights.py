@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,9 @@ def _read_file(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             with safe_open(path, framework="pt", device="cpu") as file:
                 keys = file.keys()
                 return {key: _own(file.get_tensor(key), dtype) for key in keys}
-        pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before PyTorch 1.6 are no archives, and cannot be mapped.
+        mapped = zipfile.is_zipfile(path)
+        pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         return {key: _own(tensor, dtype) for key, tensor in pickled.items()}
     except Exception as error:  # a truncated or foreign file fails in as many ways as there are readers
         raise CheckpointError(f"cannot read the weights in {path}: {error}") from error

@@ -1,16 +1,13 @@
-"""The backends made of fastldm's own kernels: `cpu` and `cuda` (compiled extension), and `triton` in a module
-of its own.
+"""The backends made of fastldm's own kernels: `cpu` here, `triton` and `cuda` in modules of their own.
 
-Each function takes an operation's name and returns its Implementation, or raises UnsupportedError saying why
-not.
+Each is a function from an operation's name to its Implementation; where it has none it raises
+UnsupportedError saying why.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import NoReturn
 
-from fastldm.errors import UnsupportedError
 from fastldm.implementation import Implementation
 
 _CPU = {
@@ -25,7 +22,3 @@ def cpu(op: str) -> Implementation:
     importlib.import_module("fastldm.native.library").load()
     module, function = _CPU[op].split(":")
     return getattr(importlib.import_module(module), function)()
-
-
-def cuda(op: str) -> NoReturn:
-    raise UnsupportedError("no CUDA C++ kernels in this version")

@@ -1,4 +1,4 @@
-"""Compiles `csrc/` into the extension that holds the C++ CPU kernels.
+"""Compiles `csrc/` into the extension that holds the C++ CPU kernels; `build_cuda` does the same for CUDA.
 
 `fastldm build` and, with FASTLDM_BUILD=1, `setup.py` both come here. The extension speaks PyTorch's stable
 ABI, so one binary serves every Python and every PyTorch from 2.11 on; kernels are compiled once per
@@ -19,7 +19,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +28,7 @@ from pathlib import Path
 from fastldm.errors import BuildError
 
 # The oldest PyTorch whose stable ABI the extension uses: 2.11, in the encoding of torch/headeronly/version.h.
-_TORCH_TARGET_VERSION = "0x020b000000000000"
+TORCH_TARGET_VERSION = "0x020b000000000000"
 
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-DNDEBUG")
 
@@ -65,7 +65,10 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What has to be run: one command per object file, with the name of that file, and the link command."""
+    """What has to be run: one command per object file, with the name of that file, and the link command.
+
+    `isas`: the instruction sets of CPUs, or the architectures of GPUs, that the binary is for.
+    """
 
     objects: dict[str, tuple[str, ...]]
     link: tuple[str, ...]
@@ -83,9 +86,16 @@ def sources_folder() -> Path:
 @cache
 def sources_hash() -> str:
     """Of what is compiled and how: the sources, the flags and the kind of machine."""
-    digest = hashlib.sha256(repr((_FLAGS, _X86, _KERNELS, platform.system(), platform.machine())).encode())
     folder = sources_folder()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".cpp", ".h")):
+    paths = [folder / "bindings.cpp", *folder.glob("common/*.h"), *folder.glob("cpu/*")]
+    return hash_of((_FLAGS, _X86, _KERNELS), paths)
+
+
+def hash_of(flags: tuple, paths: Iterable[Path]) -> str:
+    """Of flags, of source files with their names, and of the kind of machine."""
+    digest = hashlib.sha256(repr((*flags, platform.system(), platform.machine())).encode())
+    folder = sources_folder()
+    for path in sorted(paths):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -108,13 +118,15 @@ def binary_name() -> str:
     return f"fastldm_cpu-{sources_hash()}.so"
 
 
-def find_binary() -> Path | None:
-    """The extension made of exactly these sources: inside the package, else the latest in the cache."""
-    packaged = Path(__file__).parent / binary_name()
+def find_binary(name: str | None = None) -> Path | None:
+    """The extension made of exactly these sources, or that of another name: inside the package, else the
+    latest in the cache."""
+    name = name or binary_name()
+    packaged = Path(__file__).parent / name
     if packaged.is_file():
         return packaged
     folder = cache_folder()
-    built = [path for path in folder.glob(f"*/{binary_name()}") if _is_whole(path)] if folder else []
+    built = [path for path in folder.glob(f"*/{name}") if _is_whole(path)] if folder else []
     return max(built, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -145,18 +157,24 @@ def find_compiler() -> Compiler:
     raise BuildError(f"{given}; install g++ 9 or clang++ 11, or newer, or name one in CXX")
 
 
+def torch_folder() -> Path:
+    """Where PyTorch is installed. Raises BuildError where it, or its headers, are not."""
+    torch = importlib.util.find_spec("torch")
+    folder = Path(torch.origin).parent if torch and torch.origin else None
+    if folder is None or not (folder / "include/torch/csrc/stable/library.h").is_file():
+        raise BuildError("PyTorch 2.11 or newer must be installed, with its headers, to compile against")
+    return folder
+
+
 def recipe(compiler: Compiler, output: Path) -> Recipe:
     """How to compile and link the extension into `output`. Raises BuildError without PyTorch's headers."""
-    torch = importlib.util.find_spec("torch")
-    include = Path(torch.origin).parent / "include" if torch and torch.origin else None
-    if include is None or not (include / "torch/csrc/stable/library.h").is_file():
-        raise BuildError("PyTorch 2.11 or newer must be installed, with its headers, to compile against")
+    include = torch_folder() / "include"
     folder = sources_folder()
     if not (folder / "bindings.cpp").is_file():
         raise BuildError(f"the C++ sources are not in {folder}; install fastldm again")
     isas = ("plain", *_supported(compiler))
     compile_ = (*compiler.command, *_FLAGS, f"-ffile-prefix-map={folder}=csrc", "-c")
-    bindings = (f"-DTORCH_TARGET_VERSION={_TORCH_TARGET_VERSION}", f"-isystem{include}")
+    bindings = (f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-isystem{include}")
     built = tuple(f"-DFASTLDM_BUILT_{isa}" for isa in isas)
     objects = {
         "bindings": (*compile_, *bindings, str(folder / "bindings.cpp")),
@@ -191,40 +209,57 @@ def compile_extension(output: Path, compiler: Compiler, progress: Progress) -> t
 
     `progress(done, total)` is called after each command. Raises BuildError with the compiler's first error.
     """
+    return follow(lambda path: recipe(compiler, path), output, progress)[0].isas
+
+
+def follow(
+    make_recipe: Callable[[Path], Recipe], output: Path, progress: Progress
+) -> tuple[Recipe, dict[str, str]]:
+    """Runs a recipe for `output`, which appears at once when it is whole: the recipe, and what the compiler
+    said of each object file.
+
+    The commands share the cores by a pool of threads. A tool like ninja would have nothing to add: what is
+    kept is keyed by the hash of every source, so there is no half of it to build again.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
+    said = {}
     with tempfile.TemporaryDirectory(dir=output.parent) as name:
         folder = Path(name)
-        plan = recipe(compiler, folder / output.name)
+        plan = make_recipe(folder / output.name)
         total = len(plan.objects) + 1
         progress(0, total)
         files = {stem: folder / f"{stem}.o" for stem in plan.objects}
         with ThreadPoolExecutor(_usable_cores()) as pool:
-            jobs = [pool.submit(_run, (*plan.objects[stem], "-o", str(path))) for stem, path in files.items()]
+            jobs = {
+                pool.submit(_run, (*plan.objects[stem], "-o", str(path))): stem
+                for stem, path in files.items()
+            }
             try:
                 for done, job in enumerate(as_completed(jobs), start=1):
-                    job.result()
+                    said[jobs[job]] = job.result()
                     progress(done, total)
             except BuildError:
                 pool.shutdown(cancel_futures=True)
                 raise
         _run((*plan.link, *map(str, files.values())))
         if not (folder / output.name).is_file():
-            raise BuildError(f"{shlex.join(compiler.command)} ended without an error, but wrote nothing")
+            raise BuildError(f"{plan.link[0]} ended without an error, but wrote nothing")
         os.replace(folder / output.name, output)
         progress(total, total)
-    return plan.isas
+    return plan, said
 
 
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run(command: tuple[str, ...]) -> None:
+def _run(command: tuple[str, ...]) -> str:
     answer = subprocess.run(command, capture_output=True, text=True)
     if answer.returncode != 0:
         lines = [line for line in answer.stderr.splitlines() if "error" in line] or answer.stderr.splitlines()
         reason = lines[0] if lines else f"exit code {answer.returncode}"
         raise BuildError(f"compiling the C++ kernels failed: {reason} (command: {shlex.join(command)})")
+    return answer.stderr
 
 
 def build(progress: Progress = silent, *, force: bool = False) -> Path:
@@ -232,23 +267,36 @@ def build(progress: Progress = silent, *, force: bool = False) -> Path:
 
     Processes that build at once wait for each other. Raises BuildError.
     """
+    compiler = find_compiler()
+
+    def compile_(output: Path) -> dict[str, object]:
+        return {"instruction_sets": compile_extension(output, compiler, progress)}
+
+    return keep(binary_name(), compiler, compile_, force=force)
+
+
+def keep(
+    name: str, compiler: Compiler, compile_: Callable[[Path], dict[str, object]], *, force: bool
+) -> Path:
+    """The binary `name` that this compiler made, in the cache, after `compile_(path)` if need be.
+
+    What `compile_` returns is noted in a JSON file beside it. Raises BuildError.
+    """
     from filelock import FileLock
 
-    compiler = find_compiler()
     key = hashlib.sha256(repr(compiler).encode()).hexdigest()[:8]
     folder = cache_folder()
     if folder is None:
         raise BuildError("this user has no home folder to keep the C++ kernels in; set FASTLDM_CACHE")
-    output = folder / key / binary_name()
+    output = folder / key / name
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(output.parent / "build.lock"):
             if force or not _is_whole(output):
-                isas = compile_extension(output, compiler, progress)
                 about = {
                     "compiler": compiler.version,
                     "command": compiler.command,
-                    "instruction_sets": isas,
+                    **compile_(output),
                     "bytes": output.stat().st_size,
                 }
                 output.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")

@@ -17,13 +17,11 @@ from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
 from fastldm.io import atomic_write
 from fastldm.models.base import Model
-from fastldm.models.classifier import NoisyClassifier
+from fastldm.models.classifier import ADMClassifier
 from fastldm.models.weights import read_json, resolve_folder
 from fastldm.systems.guides import Guide, GuideSpace, read_latents, read_schedule
 
 _CLASSES = "classes.json"
-# The network behind every classifier that is built or loaded here.
-_Network = NoisyClassifier
 
 
 def build_classifier(config: Mapping[str, Any], shape: tuple[int, int, int], num_classes: int) -> Model:
@@ -36,11 +34,11 @@ def build_classifier(config: Mapping[str, Any], shape: tuple[int, int, int], num
     Raises:
         ConfigError: for fields that do not fit together.
     """
-    derived = {"sample_size": shape[-1], "in_channels": shape[0], "num_classes": num_classes}
+    derived = {"image_size": shape[-1], "in_channels": shape[0], "out_channels": num_classes}
     for key, value in derived.items():
         if config.get(key, value) != value:
             raise ConfigError(f"model.{key}={config[key]!r} for data with {value}; leave it out")
-    return _Network.from_config({**config, **derived})
+    return ADMClassifier.from_config({**config, **derived})
 
 
 class ClassifierGuide:
@@ -145,11 +143,11 @@ class ClassifierGuide:
             CheckpointError: a part is missing or does not fit.
         """
         folder = resolve_folder(path, None, _CLASSES)
-        model = _Network.from_pretrained(folder, torch_dtype=torch_dtype, variant=variant)
+        model = ADMClassifier.from_pretrained(folder, torch_dtype=torch_dtype, variant=variant)
         classes, config = read_json(folder / _CLASSES).get("classes"), model.config
         if not isinstance(classes, list) or len(classes) != config.num_classes:
             raise CheckpointError(f"{folder / _CLASSES} must name the model's {config.num_classes} classes")
-        shape = (config.in_channels, config.sample_size, config.sample_size)
+        shape = (config.in_channels, config.image_size, config.image_size)
         try:
             return cls(model, classes, GuideSpace(shape, read_latents(folder), read_schedule(folder)))
         except ConfigError as error:

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError
 from fastldm.io import atomic_folder, atomic_write
 from fastldm.models.weights import read_json, resolve_folder
 
 INDEX = "model_index.json"
+SCHEDULER = "scheduler_config.json"
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
@@ -98,3 +100,19 @@ def writing_pipeline(path: str | os.PathLike, index: Mapping[str, Any]) -> Itera
             atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot save the pipeline to {path}: {error}") from error
+
+
+def read_scheduler(folder: Path, index: Mapping[str, Any]) -> tuple[NoiseSchedule, dict[str, Any]]:
+    """The noise schedule of a pipeline, and the fields of its scheduler, which say how to walk it.
+
+    Raises:
+        CheckpointError: if there is none, or it cannot be read.
+        ConfigError: if it is not offered.
+    """
+    config = read_json(folder / "scheduler" / SCHEDULER)
+    # diffusers makes the class that the index names of whatever config there is.
+    if named := part_class(index, "scheduler"):
+        config = {**config, "_class_name": named}
+    schedule = NoiseSchedule.from_config(config)
+    # What that class does not know stands in the index.
+    return NoiseSchedule.from_config({**schedule.to_fields(), **index.get("_schedule", {})}), config

@@ -16,9 +16,9 @@ from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, InputError
 from fastldm.io import atomic_write
 from fastldm.models.weights import read_json
+from fastldm.systems import folders
 
 _LATENTS = "latents.json"
-_SCHEDULER = "scheduler_config.json"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class GuideSpace:
             atomic_write(folder / _LATENTS, json.dumps(asdict(self.latents), indent=2) + "\n")
         if self.schedule is not None:
             config = self.schedule.to_config("DDPMScheduler")
-            atomic_write(folder / _SCHEDULER, json.dumps(config, indent=2) + "\n")
+            atomic_write(folder / folders.SCHEDULER, json.dumps(config, indent=2) + "\n")
 
 
 def read_latents(folder: Path) -> Latents | None:
@@ -96,7 +96,7 @@ def read_latents(folder: Path) -> Latents | None:
 
 def read_schedule(folder: Path) -> NoiseSchedule | None:
     """What `GuideSpace.save` wrote of the noise; None for a model that saw none."""
-    file = folder / _SCHEDULER
+    file = folder / folders.SCHEDULER
     return NoiseSchedule.from_config(read_json(file)) if file.is_file() else None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastldm.diffusion.guidance import Denoiser, Gradient, classifier_free, finite, gradient_guided
 from fastldm.diffusion.samplers import DRAWING, SAMPLERS, Generators, noise_levels, randn
+from fastldm.diffusion.scheduler_config import class_of, sampler_of, takes_karras
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
 from fastldm.io import atomic_write
@@ -46,7 +47,6 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # What a call uses where neither the caller nor the model's folder says: as diffusers' LDMTextToImagePipeline.
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 1.0}
 
-_SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}
 FirstStage = VQModel | AutoencoderKL | PixelSpace
 FIRST_STAGES: dict[str, type[FirstStage]] = {
     "VQModel": VQModel,
@@ -85,6 +85,7 @@ class LatentDiffusionPipeline:
         schedule: the noise schedule, prediction type and timestep spacing.
         scaling_factor: multiplies first-stage latents; None = the first stage's own `scaling_factor`.
         sampler: what a call uses by default, a name of `fastldm.diffusion.samplers.SAMPLERS`.
+        karras: whether it does so on Karras' noise levels; for "euler", "heun", "dpmpp_2m" and "unipc".
         defaults: `num_inference_steps` and `guidance_scale` a call uses by default; stored with the model.
 
     Raises:
@@ -100,10 +101,16 @@ class LatentDiffusionPipeline:
         scaling_factor: float | None = None,
         *,
         sampler: str = "ddim",
+        karras: bool = False,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
         if sampler not in SAMPLERS:
             raise ConfigError(f"sampler={sampler!r} is not offered; use one of {', '.join(SAMPLERS)}")
+        if karras and not takes_karras(sampler):
+            others = ", ".join(filter(takes_karras, SAMPLERS))
+            raise ConfigError(
+                f"karras=True as the default of sampler {sampler!r}; it can be that of {others}"
+            )
         if unknown := sorted(set(defaults or {}) - set(DEFAULTS)):
             raise ConfigError(f"unknown default(s) {', '.join(unknown)}; known: {', '.join(DEFAULTS)}")
         self.first_stage = first_stage
@@ -112,6 +119,7 @@ class LatentDiffusionPipeline:
         self.schedule = schedule
         self.scaling_factor = first_stage.config.scaling_factor if scaling_factor is None else scaling_factor
         self.sampler = sampler
+        self.karras = karras
         self.defaults = {**DEFAULTS, **(defaults or {})}
         steps, scale = self.defaults["num_inference_steps"], self.defaults["guidance_scale"]
         if type(steps) is not int or steps < 1:
@@ -126,8 +134,11 @@ class LatentDiffusionPipeline:
         if config.in_channels != latent + concat:
             found = f"in_channels is {config.in_channels}"
             problems.append(f"{found}, but latents and condition have {latent} + {concat}")
-        if config.out_channels != latent:
-            problems.append(f"out_channels is {config.out_channels}, but latents have {latent}")
+        if config.out_channels != self.schedule.output_channels(latent):
+            problems.append(
+                f"out_channels is {config.out_channels}, but latents of {latent} with variance_type "
+                f"{self.schedule.variance_type!r} need {self.schedule.output_channels(latent)}"
+            )
         width, taken = self.conditioner.context_dim, config.cross_attention_dim
         if self.unet.has_cross_attention != (width is not None):
             has, wants = ("cross-attention", "no") if width is None else ("no cross-attention", "a")
@@ -204,7 +215,8 @@ class LatentDiffusionPipeline:
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
     ) -> Denoiser:
-        """The UNet under a condition, for samplers: x (B, C, h, w), t int64 (B,) -> its output in x's dtype.
+        """The UNet under a condition, for samplers: x (B, C, h, w), t int64 (B,) -> its output in x's dtype
+        (of 2C channels where the schedule's variance is learned).
 
         See `fastldm.diffusion.guidance.classifier_free` for the two guidance arguments.
         """
@@ -239,7 +251,7 @@ class LatentDiffusionPipeline:
         guidance_rescale: float = 0.0,
         sampler: str | None = None,
         progress: bool = True,
-        karras: bool = False,
+        karras: bool | None = None,
         gradient: Guide | Gradient | None = None,
         gradient_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
@@ -262,7 +274,8 @@ class LatentDiffusionPipeline:
             sampler: "ddim", "ddpm", "plms", "euler", "euler_ancestral", "heun", "dpmpp_2m" or "unipc"; None =
                 the model's own. "heun" evaluates the UNet 2 N - 1 times in N steps, "plms" N + 1 times.
             progress: show a progress bar.
-            karras: noise levels spaced after Karras et al. 2022; not for "ddim", "ddpm" and "plms".
+            karras: noise levels spaced after Karras et al. 2022; not for "ddim", "ddpm" and "plms". None = as
+                the model's own sampler has them, and False for another one.
             gradient: guidance by another model, on top of `guidance_scale`: `CLIPScorer.gradient(captions)`,
                 `ClassifierGuide.gradient(labels)`, or any (x, t) -> gradient at x, for x (B, C, h, w). It
                 moves the mean of "ddpm" and the noise of the other samplers (Dhariwal and Nichol 2021,
@@ -277,6 +290,7 @@ class LatentDiffusionPipeline:
         if not _is_scale(scale):
             raise InputError(f"guidance_scale={scale!r} must be a finite number, such as 2.0")
         sampler = sampler or self.sampler
+        karras = (self.karras and sampler == self.sampler) if karras is None else karras
         self._check_call(output_type, sampler, eta, num_images_per_prompt)
         gradient_scale = finite("gradient_scale", gradient_scale)
         levels = noise_levels(self.schedule, sampler, steps, karras=karras)
@@ -421,25 +435,27 @@ class LatentDiffusionPipeline:
         A text-conditioned one on latents is laid out as diffusers' LDMTextToImagePipeline, which loads it,
         and makes the same pictures where the first stage shrinks by 8 and the text window is 77: that class
         assumes both.
-        The scheduler is written as a DDIM or DDPM one, and another sampler's name beside it.
+        The scheduler is written as diffusers' class of the sampler, and what that does not know beside it.
         """
         pixels = isinstance(self.first_stage, PixelSpace)
         of_the_peer = isinstance(self.conditioner, TextConditioner) and not pixels
-        scheduler = _SCHEDULERS.get(self.sampler, "DDIMScheduler")
+        scheduler = self.schedule.to_config(class_of(self.sampler))
+        read_back = NoiseSchedule.from_config(scheduler).to_fields()
+        lost = {key: value for key, value in self.schedule.to_fields().items() if value != read_back[key]}
         index = {
             "_class_name": "LDMTextToImagePipeline" if of_the_peer else type(self).__name__,
             # diffusers skips what begins with an underscore.
             "_defaults": self.defaults,
-            **({} if self.sampler in _SCHEDULERS else {"_sampler": self.sampler}),
+            **({"_schedule": lost} if lost else {}),
         }
         with folders.writing_pipeline(path, index) as folder:
             for name, part in self.components.items():
                 library, class_name = "diffusers", type(part).__name__
                 if isinstance(part, NoiseSchedule):
-                    class_name = scheduler
+                    class_name = scheduler["_class_name"]
+                    config = {**scheduler, **({"use_karras_sigmas": True} if self.karras else {})}
                     (folder / name).mkdir(exist_ok=True)
-                    config = json.dumps(part.to_config(scheduler), indent=2)
-                    atomic_write(folder / name / "scheduler_config.json", config + "\n")
+                    atomic_write(folder / name / folders.SCHEDULER, json.dumps(config, indent=2) + "\n")
                 elif isinstance(part, Tokenizer):
                     library, class_name = "transformers", "PreTrainedTokenizerFast"
                     part.save_pretrained(folder / name)
@@ -467,6 +483,8 @@ class LatentDiffusionPipeline:
     ) -> LatentDiffusionPipeline:
         """Load a pipeline folder: ours, or that of diffusers' LDMTextToImagePipeline.
 
+        Its sampler is that of the scheduler's class, on Karras' noise levels where the scheduler is.
+
         Args:
             path: a folder, the name of a shipped model ("shapes"), or a name on the hub. A folder goes first.
             torch_dtype: of the parameters; None = float32.
@@ -489,12 +507,16 @@ class LatentDiffusionPipeline:
                 conditioner = TextConditioner(encoder, tokenizer).eval()
             unets = {"UNet2DConditionModel": UNet2DConditionModel}
             unet = folders.load_part(folder, index, ("unet",), unets, how)
-            schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
-            scheduler = folders.part_class(index, "scheduler")
-            sampler = next((name for name, peer in _SCHEDULERS.items() if peer == scheduler), "ddim")
-            sampler = index.get("_sampler", sampler)
+            schedule, scheduler = folders.read_scheduler(folder, index)
+            sampler, karras = sampler_of(scheduler)
             return cls(
-                first_stage, conditioner, unet, schedule, sampler=sampler, defaults=index.get("_defaults")
+                first_stage,
+                conditioner,
+                unet,
+                schedule,
+                sampler=sampler,
+                karras=karras,
+                defaults=index.get("_defaults"),
             )
         except ConfigError as error:
             raise CheckpointError(f"{folder}: {error}") from error

@@ -208,7 +208,7 @@ class SamplingConfig:
     """Pictures when `prompts` is empty."""
     num_inference_steps: int = 50
     guidance_scale: float = 3.0
-    sampler: Literal["ddim", "ddpm"] = "ddim"
+    sampler: Literal["ddim", "ddpm", "plms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc"] = "ddim"
 
 
 @dataclass

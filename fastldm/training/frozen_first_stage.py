@@ -17,7 +17,7 @@ from fastldm.errors import CheckpointError, ConfigError
 from fastldm.models.autoencoder_kl import AutoencoderKL, DiagonalGaussianDistribution
 from fastldm.models.pixel_space import PixelSpace
 from fastldm.models.vq_model import VQModel
-from fastldm.models.weights import find_weights, read_json, sha256
+from fastldm.models.weights import find_weights, sha256
 from fastldm.systems import folders
 from fastldm.systems.guides import Latents
 from fastldm.systems.latent_diffusion import FIRST_STAGE_PARTS, FIRST_STAGES, FirstStage, scale_from_batch
@@ -114,7 +114,7 @@ class FrozenFirstStage:
         """Of the pipeline that `config.path` names; None for a first stage alone."""
         if self._pipeline is None:
             return None
-        return NoiseSchedule.from_config(read_json(self._pipeline / "scheduler" / "scheduler_config.json"))
+        return folders.read_scheduler(self._pipeline, folders.read_index(self._pipeline))[0]
 
     def noise(self, schedule: dict[str, Any]) -> NoiseSchedule:
         """Of a model that guides diffusion here: from a configuration, else the pipeline's, else defaults."""

@@ -3,7 +3,8 @@
 1. the frozen first stage encodes the pictures x to latents z, which are scaled to about unit variance;
 2. tau_theta encodes the condition y, with probability p the null condition (for classifier-free guidance);
 3. the UNet predicts the noise (or x0, or v) of z_t at a uniform t, and the mean squared error trains UNet and
-   tau_theta together:  E ||eps - eps_theta(z_t, t, tau_theta(y))||^2.
+   tau_theta together:  E ||eps - eps_theta(z_t, t, tau_theta(y))||^2. With schedule.variance_type
+   "learned_range" the UNet also gives the variance, and the variational bound trains that half.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from fastldm.diffusion import NoiseSchedule, drop_condition
+from fastldm.diffusion import NoiseSchedule, drop_condition, hybrid_loss, noise_levels, simple_loss
 from fastldm.errors import ConfigError
 from fastldm.models.conditioners import ClassConditioner, SpatialConditioner, TextConditioner, predict
 from fastldm.models.text_transformer import LDMBertModel
@@ -50,7 +50,8 @@ def latent_diffusion_loss(
     Args:
         unet: the denoiser.
         conditioner: tau_theta.
-        schedule: noise schedule; its prediction_type says what the UNet predicts.
+        schedule: noise schedule; its prediction_type says what the UNet predicts, and its variance_type
+            whether it gives a variance too, which `hybrid_loss` trains.
         latents: scaled z (B, C, h, w), float32.
         condition: prepared conditions (B, ...), see the conditioner's `prepare`.
         generator: on the latents' device; draws t, the noise and the dropped conditions.
@@ -64,24 +65,8 @@ def latent_diffusion_loss(
     condition = drop_condition(condition, conditioner.null_like(condition), condition_dropout, generator)
     noisy = schedule.add_noise(latents, noise, timesteps)
     predicted = predict(unet, noisy, timesteps, *conditioner(condition))
-    target = schedule.training_target(latents, noise, timesteps)
-    # Under autocast the prediction is a half: the squares are summed in float32.
-    loss = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-    if snr_gamma is not None:
-        loss = loss * _min_snr_weights(schedule, timesteps, snr_gamma)
-    return loss.mean()
-
-
-def _min_snr_weights(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Tensor:
-    """Weights (B,) that make the loss min(SNR, gamma) ||x0 - x0_hat||^2 for every prediction type."""
-    alpha_bar = schedule.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = alpha_bar / (1 - alpha_bar)
-    weights = snr.clamp(max=gamma)
-    if schedule.prediction_type == "epsilon":
-        return weights / snr.clamp(min=1e-8)
-    if schedule.prediction_type == "v_prediction":
-        return weights / (snr + 1)
-    return weights
+    loss = hybrid_loss if schedule.variance_type == "learned_range" else simple_loss
+    return loss(predicted, latents, noise, timesteps, schedule, snr_gamma=snr_gamma).mean()
 
 
 class LatentDiffusionModule(nn.Module):
@@ -125,7 +110,7 @@ class LatentDiffusionTask:
             {"clip_sample": False, **config.schedule, "prediction_type": config.prediction_type}
         )
         conditioner = build_conditioner(config, self.pictures)
-        unet = build_unet(config, self.first_stage, conditioner)
+        unet = build_unet(config, self.first_stage, conditioner, self.schedule)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         if config.compile:
@@ -217,7 +202,7 @@ class LatentDiffusionTask:
         pipeline = self.pipeline()
         if sampling.prompts:
             pipeline.conditioner.prepare(sampling.prompts)
-        pipeline.schedule.timesteps(sampling.num_inference_steps)
+        noise_levels(self.schedule, sampling.sampler, sampling.num_inference_steps)
 
 
 def build_conditioner(config: LatentDiffusionConfig, pictures: Any) -> nn.Module:
@@ -242,14 +227,17 @@ def build_conditioner(config: LatentDiffusionConfig, pictures: Any) -> nn.Module
 
 
 def build_unet(
-    config: LatentDiffusionConfig, first_stage: FrozenFirstStage, conditioner: nn.Module
+    config: LatentDiffusionConfig,
+    first_stage: FrozenFirstStage,
+    conditioner: nn.Module,
+    schedule: NoiseSchedule,
 ) -> UNet2DConditionModel:
-    """The denoiser; channels that the configuration leaves out follow from first stage and conditioner."""
+    """The denoiser; channels that the configuration leaves out follow from the other parts."""
     channels, side, _ = first_stage.shape
     derived = {
         "sample_size": side,
         "in_channels": channels + conditioner.concat_channels,
-        "out_channels": channels,
+        "out_channels": schedule.output_channels(channels),
     }
     if conditioner.context_dim is not None:
         derived["cross_attention_dim"] = conditioner.context_dim

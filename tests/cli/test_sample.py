@@ -131,8 +131,26 @@ def test_flags_reach_the_pipeline(sample, monkeypatch):
     assert (plain["negative_prompt"], told["negative_prompt"]) == (None, "a blue star")
     assert (plain["num_images_per_prompt"], told["num_images_per_prompt"]) == (1, 2)
     assert told["generator"].initial_seed() == 7
-    assert (karras["sampler"], karras["karras"], plain["karras"]) == ("dpmpp_2m", True, False)
+    assert (karras["sampler"], karras["karras"], plain["karras"]) == ("dpmpp_2m", True, None)
     assert (plain["sampler"], told["sampler"], ddpm["sampler"]) == ("ddim", "ddim", "ddpm")
+
+
+def test_another_sampler_than_the_model_s_does_not_take_its_karras_levels(model, tmp_path):
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    pipeline.sampler, pipeline.karras = "euler", True
+    pipeline.save_pretrained(tmp_path / "model")
+
+    def picture(folder, *flags):
+        out = tmp_path / "out.png"
+        assert main(["sample", CAPTION, "--model", str(folder), "--out", str(out), *flags]) == 0
+        return np.asarray(Image.open(out))
+
+    karras = picture(model, "--sampler", "euler", "--karras")
+    assert np.array_equal(picture(tmp_path / "model"), karras)
+    assert np.array_equal(picture(tmp_path / "model", "--sampler", "euler"), karras)
+    assert np.array_equal(
+        picture(tmp_path / "model", "--sampler", "ddim"), picture(model, "--sampler", "ddim")
+    )
 
 
 def test_the_flag_offers_every_sampler():

@@ -157,12 +157,12 @@ def test_a_config_of_2022_loads():
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"_class_name": "PNDMScheduler"}, "PNDMScheduler is not offered"),
+        ({"_class_name": "LMSDiscreteScheduler"}, "LMSDiscreteScheduler is not offered"),
         ({"beta_shedule": "linear"}, "beta_shedule"),
         ({"timestep_values": [1, 2]}, "timestep_values"),
         ({"beta_schedule": "sigmoid"}, "linear, scaled_linear, squaredcos_cap_v2"),
         ({"prediction_type": "eps"}, "epsilon, sample, v_prediction"),
-        ({"variance_type": "learned_range"}, "fixed_small, fixed_large"),
+        ({"variance_type": "learned"}, "fixed_small, fixed_large, learned_range"),
         ({"timestep_spacing": "even"}, "leading, trailing, linspace"),
         ({"num_train_timesteps": 0}, "at least one step"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start <= beta_end"),

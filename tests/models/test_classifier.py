@@ -1,55 +1,60 @@
-"""The classifier: its way down against diffusers' UNet2DModel, its pooling against PyTorch's attention."""
+"""The classifier against a float64 oracle of the formulas, its pooling against PyTorch's attention."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
 
 from fastldm.diffusion import NoiseSchedule
-from fastldm.errors import ConfigError, InputError
-from fastldm.models import NoisyClassifier
+from fastldm.errors import CheckpointError, ConfigError, InputError
+from fastldm.models import ADMClassifier
+from fastldm.models.adm_configs import ADM_CLASSIFIERS
 from fastldm.models.classifier import AttentionPool2d
+from tests.models.adm_oracle import Oracle, close, randomised
 
-WAY_DOWN = {
-    "sample_size": 16,
-    "in_channels": 3,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    "block_out_channels": (16, 32, 48),
-    "layers_per_block": 2,
-    "attention_head_dim": 16,
-    "norm_num_groups": 8,
+TINY = {
+    "image_size": 16,
+    "model_channels": 32,
+    "out_channels": 5,
+    "num_res_blocks": 1,
+    "attention_resolutions": (8,),
+    "channel_mult": (1, 2),
+    "num_head_channels": 16,
 }
 
 
 def build(**fields):
-    return NoisyClassifier(**{**WAY_DOWN, "num_classes": 5, **fields})
-
-
-def close(found, wanted):
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    return randomised(ADMClassifier(**{**TINY, **fields}))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("norm", ["default", "scale_shift"])
-def test_the_way_down_is_the_peer_s(norm):
-    up = ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    options = {"up_block_types": up, "resnet_time_scale_shift": norm, "attn_norm_num_groups": 8}
-    peer = UNet2DModel(**WAY_DOWN, **options).eval()
-    ours = build(resnet_time_scale_shift=norm).eval()
-    shared = {k: v for k, v in peer.state_dict().items() if k.startswith(("conv_in", "time", "down", "mid"))}
-    missing, unexpected = ours.load_state_dict(shared, strict=False)
-    assert {key.split(".")[0] for key in missing} == {"conv_norm_out", "pool"}
-    assert not unexpected
-    seen = {}
-    for name, model in (("ours", ours), ("peer", peer)):
-        model.mid_block.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out}))
-    x, t = torch.randn(3, 3, 16, 16), torch.tensor([0, 400, 999])
-    ours(x, t), peer(x, t)
-    close(seen["ours"], seen["peer"])
-    ours(x, 7), peer(x, 7)
-    close(seen["ours"], seen["peer"])
+@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_new_attention_order": True, "channel_mult": (1, 2, 3), "attention_resolutions": (16, 4)},
+        {"resblock_updown": False, "use_scale_shift_norm": False, "num_res_blocks": 2},
+        {"resblock_updown": False, "conv_resample": False, "in_channels": 4},
+    ],
+    ids=["plain", "new_order", "convolutions", "pooling"],
+)
+def test_logits_are_the_formula_s(fields, pool):
+    model = build(**fields, pool=pool)
+    x, t = torch.randn(3, model.config.in_channels, 16, 16), torch.tensor([0.0, 412.5, 999.0])
+    oracle = Oracle(model.state_dict(), model.config)
+    wanted = oracle.classify(x, t)
+    assert wanted.std() > 0.1
+    close(model(x, t).logits, wanted)
+    assert oracle.seen == set(model.state_dict())
+    close(model(x, 7).logits, oracle.classify(x, torch.full((3,), 7)))
+
+
+@torch.no_grad()
+def test_pooling_by_means_takes_any_size():
+    model, x = build(pool="spatial"), torch.randn(2, 3, 8, 12)
+    close(model(x, 7).logits, Oracle(model.state_dict(), model.config).classify(x, torch.tensor([7, 7])))
 
 
 @torch.no_grad()
@@ -58,11 +63,48 @@ def test_the_pooling_is_multi_head_attention_of_the_mean():
     tokens = x.flatten(2)
     tokens = torch.cat([tokens.mean(-1, keepdim=True), tokens], -1) + pool.positional_embedding
     tokens = tokens.permute(2, 0, 1)
-    weights = (pool.qkv_proj.weight, pool.qkv_proj.bias, None, None, False, 0.0)
+    rows = pool.qkv_proj.weight.squeeze(-1), pool.qkv_proj.bias
+    last = pool.c_proj.weight.squeeze(-1), pool.c_proj.bias
+    options = (None, None, False, 0.0)
     wanted, _ = F.multi_head_attention_forward(
-        tokens, tokens, tokens, 32, 4, *weights, pool.c_proj.weight, pool.c_proj.bias, need_weights=False
+        tokens, tokens, tokens, 32, 4, *rows, *options, *last, need_weights=False
     )
     close(pool(x), wanted[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "keys"),
+    [
+        ("64x64_classifier", 65_438_568, 307),
+        ("128x128_classifier", 42_568_040, 221),
+        ("256x256_classifier", 54_096_360, 249),
+        ("512x512_classifier", 54_448_360, 281),
+    ],
+)
+def test_the_published_classifiers_have_their_sizes_and_keys(name, parameters, keys):
+    with torch.device("meta"):
+        model = ADMClassifier(**ADM_CLASSIFIERS[name])
+    state = model.state_dict()
+    assert (sum(p.numel() for p in model.parameters()), len(state)) == (parameters, keys)
+    pool = {key: tuple(tensor.shape) for key, tensor in state.items() if key.startswith("out.2.")}
+    assert pool == {
+        "out.2.positional_embedding": (512, 65),
+        "out.2.qkv_proj.weight": (1536, 512, 1),
+        "out.2.qkv_proj.bias": (1536,),
+        "out.2.c_proj.weight": (1000, 512, 1),
+        "out.2.c_proj.bias": (1000,),
+    }
+
+
+@torch.no_grad()
+def test_openai_files_load_as_they_are(tmp_path):
+    model, x = build(), torch.randn(2, 3, 16, 16)
+    torch.save(model.state_dict(), tmp_path / "classifier.pt")
+    loaded = ADMClassifier.from_openai(tmp_path / "classifier.pt", **TINY)
+    assert torch.equal(loaded(x, 5).logits, model(x, 5).logits)
+    torch.save(build(pool="spatial").state_dict(), tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"5 missing .*out.2.*; 2 unexpected .*; 2 of another shape"):
+        ADMClassifier.from_openai(tmp_path / "other.pt", **TINY)
 
 
 def test_every_weight_and_the_input_get_a_gradient_and_checkpointing_keeps_it():
@@ -84,7 +126,7 @@ def test_every_weight_and_the_input_get_a_gradient_and_checkpointing_keeps_it():
 def test_it_learns_classes_of_noisy_pictures():
     """Two classes, dark and bright pictures, at every timestep of a schedule that leaves some signal."""
     schedule = NoiseSchedule.cosine(100)
-    model = build(num_classes=2)
+    model = ADMClassifier(**{**TINY, "out_channels": 2})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def batch(size):
@@ -107,31 +149,51 @@ def test_it_learns_classes_of_noisy_pictures():
 
 @torch.no_grad()
 def test_a_folder_comes_back(tmp_path):
-    model, x = build().eval(), torch.randn(2, 3, 16, 16)
+    model, x = build(), torch.randn(2, 3, 16, 16)
     model.save_pretrained(tmp_path)
-    loaded = NoisyClassifier.from_pretrained(tmp_path)
+    loaded = ADMClassifier.from_pretrained(tmp_path)
     assert torch.equal(loaded(x, 5).logits, model(x, 5).logits)
     assert not torch.equal(loaded(x, 500).logits, model(x, 5).logits)
     assert model(x, 5, return_dict=False)[0].shape == (2, 5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pool", ["attention", "spatial_v2"])
+def test_half_precision_stays_near(dtype, pool):
+    model, x = build(pool=pool), torch.randn(2, 3, 16, 16)
+    wanted = model(x, 5).logits
+    found = model.to(dtype)(x.to(dtype), 5).logits
+    assert found.dtype == dtype
+    assert (found.float() - wanted).abs().max() < 40 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_it_compiles_to_one_graph():
+    model, x, t = build(), torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(compiled(x, t).logits, model(x, t).logits)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"down_block_types": ("DownBlock2D",)}, "one per width"),
-        ({"down_block_types": ("CrossAttnDownBlock2D",) * 3}, "AttnDownBlock2D"),
-        ({"norm_num_groups": 32}, "norm_num_groups 32"),
-        ({"sample_size": 18}, "multiple of 4"),
-        ({"attention_head_dim": 20}, "attention_head_dim=20"),
-        ({"attention_head_dim": 32}, "divides 48"),
-        ({"center_input_sample": True}, "center_input_sample"),
+        ({"pool": "max"}, "pool='max'"),
+        ({"num_head_channels": -1}, "needs num_head_channels"),
+        ({"model_channels": 48}, "multiple of 32"),
+        ({"image_size": 17}, "multiple of 2"),
+        ({"num_head_channels": 24}, "num_head_channels=24"),
+        ({"attention_resolutions": (4,)}, r"\[4\]"),
+        ({"num_classes": 5}, "num_classes"),
     ],
 )
 def test_unusable_configurations_are_refused(fields, said):
     with pytest.raises(ConfigError, match=said):
-        NoisyClassifier.from_config({**WAY_DOWN, **fields})
+        ADMClassifier.from_config({**TINY, **fields})
 
 
 def test_another_size_is_refused():
-    with pytest.raises(InputError, match=r"\(1, 3, 32, 32\)"):
+    with pytest.raises(InputError, match=r"\(1, 3, 32, 32\).*16x16"):
         build()(torch.zeros(1, 3, 32, 32), 0)
+    with pytest.raises(InputError, match="multiples of 2"):
+        build(pool="adaptive")(torch.zeros(1, 3, 15, 16), 0)

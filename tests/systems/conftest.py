@@ -59,10 +59,11 @@ def _pipeline(conditioner=None, *, first_stage="vq", schedule=None, context_dim=
     spatial = isinstance(conditioner, SpatialConditioner)
     concat = conditioner.config.out_channels if spatial else 0
     down, up = ("DownBlock2D", "UpBlock2D") if spatial else ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
+    schedule = schedule or NoiseSchedule.scaled_linear(steps_offset=1, set_alpha_to_one=False)
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4 + concat,
-        out_channels=4,
+        out_channels=schedule.output_channels(4),
         block_out_channels=(16, 16),
         down_block_types=("DownBlock2D", down),
         up_block_types=(up, "UpBlock2D"),
@@ -76,7 +77,7 @@ def _pipeline(conditioner=None, *, first_stage="vq", schedule=None, context_dim=
         _mixing(AutoencoderKL(**_STAGE) if first_stage == "kl" else VQModel(**_STAGE, num_vq_embeddings=16)),
         conditioner or _text_conditioner(),
         _mixing(unet),
-        schedule or NoiseSchedule.scaled_linear(steps_offset=1, set_alpha_to_one=False),
+        schedule,
         **options,
     )
 

@@ -16,11 +16,11 @@ from fastldm.systems.guides import GuideSpace, Latents
 SHAPE = (4, 8, 8)
 CLASSES = ["red circle", "blue star", "green square"]
 CONFIG = {
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "block_out_channels": [16, 32],
-    "layers_per_block": 1,
-    "attention_head_dim": 8,
-    "norm_num_groups": 8,
+    "model_channels": 32,
+    "channel_mult": [1, 1],
+    "num_res_blocks": 1,
+    "attention_resolutions": [4],
+    "num_head_channels": 8,
 }
 
 

@@ -74,7 +74,29 @@ def test_another_sampler_s_picture_is_the_peer_s(pipeline, latents, sampler, pee
     karras = "use_karras_sigmas" in options
     found = ours(latents=latents(1), sampler=sampler, karras=karras, progress=False, **arguments).images
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    peer.save_pretrained(tmp_path / "peer")
+    theirs = LatentDiffusionPipeline.from_pretrained(tmp_path / "peer")
+    assert (theirs.sampler, theirs.karras) == (sampler, karras)
+    assert np.array_equal(theirs(latents=latents(1), progress=False, **arguments).images, found)
     assert np.abs(found - ours(latents=latents(1), progress=False, **arguments).images).max() > 1e-3
+
+
+def test_the_model_s_karras_levels_are_those_of_its_own_sampler(pipeline, latents):
+    plain, karras = pipeline(sampler="heun"), pipeline(sampler="heun", karras=True)
+    karras.unet.load_state_dict(plain.unet.state_dict())
+    karras.first_stage.load_state_dict(plain.first_stage.state_dict())
+    karras.conditioner = plain.conditioner
+    call = {**CALL, "prompt": "a star", "latents": latents(1), "output_type": "latent"}
+
+    def same(one, other):
+        return torch.equal(karras(**call, **one).images, plain(**call, **other).images)
+
+    assert same({}, {"karras": True})
+    assert same({"sampler": "heun"}, {"karras": True})
+    assert same({"karras": False}, {})
+    assert same({"sampler": "euler"}, {"sampler": "euler"})
+    assert same({"sampler": "ddim"}, {"sampler": "ddim"})
+    assert not same({}, {})
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,12 @@ import shutil
 
 import pytest
 import torch
+from diffusers import LDMTextToImagePipeline
 
 from fastldm.diffusion import NoiseSchedule
-from fastldm.errors import CheckpointError
+from fastldm.diffusion.samplers import SAMPLERS
+from fastldm.diffusion.scheduler_config import class_of, takes_karras
+from fastldm.errors import CheckpointError, ConfigError
 from fastldm.models import ClassConditioner, SpatialConditioner
 from fastldm.systems import LatentDiffusionPipeline, folders
 
@@ -76,15 +79,55 @@ def test_the_ddpm_sampler_comes_back(pipeline, tmp_path):
     assert back.schedule.to_config("DDPMScheduler") == schedule.to_config("DDPMScheduler")
 
 
-def test_a_sampler_that_is_no_scheduler_class_comes_back(pipeline, tmp_path):
-    pipe = pipeline(sampler="dpmpp_2m")
-    pipe.save_pretrained(tmp_path)
-    assert LatentDiffusionPipeline.from_pretrained(tmp_path).sampler == "dpmpp_2m"
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
-    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_sampler": "dpm"}))
-    with pytest.raises(CheckpointError, match="sampler='dpm' is not offered"):
-        LatentDiffusionPipeline.from_pretrained(tmp_path)
+@pytest.mark.parametrize("karras", [False, True])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_and_its_schedule_come_back_and_load_in_the_peer(pipeline, sampler, karras, tmp_path):
+    """Also the fields that diffusers' class of the sampler does not have."""
+    schedule = NoiseSchedule.scaled_linear(
+        steps_offset=1,
+        set_alpha_to_one=False,
+        variance_type="fixed_large",
+        clip_sample=True,
+        clip_sample_range=3.0,
+        thresholding=True,
+        timestep_spacing="trailing",
+    )
+    if karras and not takes_karras(sampler):
+        with pytest.raises(ConfigError, match="can be that of euler, heun, dpmpp_2m, unipc"):
+            pipeline(sampler=sampler, karras=True)
+        return
+    pipeline(schedule=schedule, sampler=sampler, karras=karras).save_pretrained(tmp_path)
+    back = LatentDiffusionPipeline.from_pretrained(tmp_path)
+    assert (back.sampler, back.karras) == (sampler, karras)
+    assert back.schedule.to_fields() == schedule.to_fields()
+    peer = LDMTextToImagePipeline.from_pretrained(tmp_path).scheduler
+    assert type(peer).__name__ == class_of(sampler)
+    assert torch.equal(peer.alphas_cumprod, schedule.alphas_cumprod)
+    assert peer.config.get("use_karras_sigmas", False) == karras
+    assert peer.config.timestep_spacing == "trailing"
+
+
+def test_a_field_beside_the_scheduler_is_checked(saved, folder):
+    change(folder / "model_index.json", _schedule={"clip_simple": True})
+    with pytest.raises(CheckpointError, match="clip_simple"):
+        LatentDiffusionPipeline.from_pretrained(folder)
+
+
+def test_a_learned_variance_comes_back(pipeline, latents, tmp_path):
+    schedule = NoiseSchedule.scaled_linear(variance_type="learned_range")
+    for sampler in ("ddim", "ddpm", "dpmpp_2m"):
+        pipe = pipeline(schedule=schedule, sampler=sampler)
+        assert pipe.unet.config.out_channels == 8
+        pipe.save_pretrained(tmp_path / sampler)
+        back = LatentDiffusionPipeline.from_pretrained(tmp_path / sampler)
+        assert back.schedule.to_fields() == schedule.to_fields()
+        call = {**CALL, "prompt": "a star", "guidance_scale": 2.0, "latents": latents(1)}
+        found, wanted = (p(**call, generator=torch.Generator().manual_seed(0)).images for p in (back, pipe))
+        assert torch.equal(found, wanted)
+        assert found.shape == (1, 4, 8, 8)
+    change(tmp_path / "ddpm" / "scheduler" / "scheduler_config.json", variance_type="fixed_small")
+    with pytest.raises(CheckpointError, match=r"out_channels is 8, but latents of 4 .*'fixed_small' need 4"):
+        LatentDiffusionPipeline.from_pretrained(tmp_path / "ddpm")
 
 
 def test_half_size_export(saved, tmp_path):
@@ -176,7 +219,12 @@ def other_stage(folder):
 
 
 def other_sampler(folder):
-    change(folder / "scheduler" / "scheduler_config.json", _class_name="PNDMScheduler")
+    change(folder / "model_index.json", scheduler=["diffusers", "LMSDiscreteScheduler"])
+
+
+def other_solver(folder):
+    change(folder / "model_index.json", scheduler=["diffusers", "DPMSolverMultistepScheduler"])
+    change(folder / "scheduler" / "scheduler_config.json", solver_order=3)
 
 
 def other_pipeline(folder):
@@ -204,7 +252,8 @@ def other_unet(folder):
         (other_weights, r"does not fit UNet2DConditionModel: \d+ missing \(.*resnets\.1"),
         (other_width, r"attn2\.to_k\.weight is"),
         (other_stage, "the configuration is of a AutoencoderKL"),
-        (other_sampler, "PNDMScheduler is not offered"),
+        (other_sampler, "LMSDiscreteScheduler is not offered"),
+        (other_solver, "DPMSolverMultistepScheduler with solver_order=3 is not offered; use 2"),
         (other_pipeline, r"StableDiffusionPipeline\) has no part bert"),
         (other_unet, "unet is a UNet2DModel; fastldm reads UNet2DConditionModel there"),
     ],

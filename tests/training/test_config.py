@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from fastldm.diffusion.samplers import SAMPLERS
 from fastldm.errors import ConfigError, FastLDMError
 from fastldm.training.config import (
     ClassifierConfig,
@@ -78,12 +79,19 @@ def test_overrides_reach_nested_keys_and_free_mappings():
         ({"condition_dropout": 1.5}, r"'condition_dropout' must be at least 0 and at most 1"),
         ({"first_stage": {"scaling_factor": "mean"}}, r"float or 'std' or null, got 'mean'"),
         ({"sampling": {"prompts": "a red circle"}}, r"'sampling.prompts' takes a list"),
+        ({"sampling": {"sampler": "dpm"}}, r"'sampling.sampler' takes 'ddim' or .* or 'unipc', got 'dpm'"),
         ({"name": "a/b"}, r"name='a/b' must be the name of one folder"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(values, message):
     with pytest.raises(ConfigError, match=message):
         load_config(LatentDiffusionConfig, values)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_pictures_during_training_come_from_any_sampler(sampler):
+    config = load_config(LatentDiffusionConfig, {}, [f"sampling.sampler={sampler}"])
+    assert config.sampling.sampler == sampler
 
 
 @pytest.mark.parametrize("override", ["optimizer.lr", "=3", "name.first=x", "name=[1"])

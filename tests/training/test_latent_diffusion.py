@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastldm.diffusion import NoiseSchedule
+from fastldm.diffusion import NoiseSchedule, hybrid_loss, simple_loss
 from fastldm.errors import CheckpointError, ConfigError, InputError
 from fastldm.models.conditioners import ClassConditioner, Conditioning
 from fastldm.models.vq_model import VQModel
@@ -140,6 +140,60 @@ def test_min_snr_weights_make_one_loss_of_all_prediction_types(prediction_type):
     }[prediction_type]
     expected = torch.clamp(a / (1 - a), max=gamma) * (z - x0).square().mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+class LinearWithVariance(Linear):
+    """And v = u x_t."""
+
+    def __init__(self):
+        super().__init__()
+        self.u = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x, t, encoder_hidden_states=None):
+        first = super().forward(x, t, encoder_hidden_states).sample
+        return SimpleNamespace(sample=torch.cat([first, self.u * x], dim=1))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_a_learned_variance_trains_with_the_hybrid_loss(prediction_type):
+    schedule = NoiseSchedule.cosine(prediction_type=prediction_type, variance_type="learned_range")
+    unet, z, labels = LinearWithVariance(), torch.randn(5, 4, 8, 8), torch.zeros(5, dtype=torch.int64)
+    settings = {"generator": generator(), "condition_dropout": 0.0, "snr_gamma": 5.0}
+    loss = latent_diffusion_loss(unet, Labels(), schedule, z, labels, **settings)
+    loss.backward()
+    t, x = unet.calls[0].t, unet.calls[0].x
+    a = schedule.alphas_cumprod[t][:, None, None, None]
+    noise = (x - a.sqrt() * z) / (1 - a).sqrt()
+    output = torch.cat([0.7 * x, 0.3 * x], dim=1)
+    expected = hybrid_loss(output, z, noise, t, schedule, snr_gamma=5.0).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    # the bound leaves the first half to the squared error
+    simple = simple_loss(torch.cat([unet.w * x, x], dim=1), z, noise, t, schedule, snr_gamma=5.0).mean()
+    (of_w,) = torch.autograd.grad(simple, unet.w)
+    assert unet.w.grad.item() == pytest.approx(of_w.item(), rel=1e-4)
+    assert unet.u.grad.item() != 0
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "unipc"])
+def test_the_configuration_s_variance_type_reaches_the_denoiser_and_the_export(ldm_config, sampler):
+    config = ldm_config("schedule.variance_type=learned_range", f"sampling.sampler={sampler}", "max_steps=2")
+    tasks = []
+
+    def build():
+        tasks.append(LatentDiffusionTask(config))
+        tasks[0].fresh = tasks[0].module.unet.conv_out.weight.detach().clone()
+        return tasks[0]
+
+    folder = train(config, build, progress=False)
+    moved = (tasks[0].module.unet.conv_out.weight != tasks[0].fresh).flatten(1).any(dim=1)
+    assert moved.tolist() == [True] * 8
+    pipeline = LatentDiffusionPipeline.from_pretrained(folder)
+    assert pipeline.schedule.variance_type == "learned_range"
+    assert pipeline.sampler == sampler
+    picture = pipeline("a red circle", num_inference_steps=2, output_type="pt", progress=False).images
+    assert picture.isfinite().all()
+    with pytest.raises(ConfigError, match=r"out_channels is 4, but latents of 4 .*'learned_range' need 8"):
+        LatentDiffusionTask(ldm_config("schedule.variance_type=learned_range", "unet.out_channels=4"))
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
@@ -323,6 +377,7 @@ def test_what_cannot_work_is_refused_before_training(ldm_config, tmp_path):
         (CheckpointError, "cannot read the first stage", [f"first_stage.path={tmp_path / 'absent'}"]),
         (InputError, "zebra", ["sampling.prompts=['a zebra']"]),
         (InputError, "num_inference_steps=2000", ["sampling.num_inference_steps=2000"]),
+        (InputError, "use 1 to 999", ["sampling.num_inference_steps=1000", "sampling.sampler=unipc"]),
         (ConfigError, "in_channels is 9", ["unet.in_channels=9"]),
         (ConfigError, "block_widths", ["unet.block_widths=3"]),
         (

@@ -1,8 +1,9 @@
 """Samplers: plain functions that walk a denoiser down the noise levels.
 
 `denoiser(x, t)` takes x (B, ...) and t (B,) and gives what the schedule's prediction type names, shaped like
-x. t is int64, or float32 for a walk on fractional timesteps. x keeps its dtype and device throughout. NaN in
-a sample stays in that sample and does not stop the walk.
+x. Under variance_type "learned_range" it gives twice the channels: the DDPM sampler uses both halves, every
+other one the first. t is int64, or float32 for a walk on fractional timesteps. x keeps its dtype and device
+throughout. NaN in a sample stays in that sample and does not stop the walk.
 """
 
 from collections.abc import Callable

@@ -23,10 +23,12 @@ from fastldm.diffusion.samplers.walk import (
     evaluate,
     needed_noise,
     randn,
+    same_shape,
     walk,
     whole_timesteps,
 )
 from fastldm.diffusion.schedules import NoiseSchedule
+from fastldm.diffusion.variance import learned_log_variance, split_variance
 from fastldm.errors import InputError
 
 # Adams-Bashforth of order 1 to 4: the weights of the outputs, newest first.
@@ -55,8 +57,9 @@ def ddim_step(
     """
     alpha_bar = schedule.alphas_cumprod[t]
     prev_alpha_bar = schedule.alphas_cumprod[prev_t] if prev_t >= 0 else schedule.final_alpha_cumprod
-    x0 = bound(to_x0(model_output, x, alpha_bar, schedule.prediction_type), schedule)
-    eps = to_eps(model_output, x, alpha_bar, schedule.prediction_type)
+    prediction, _ = split_variance(model_output, x, schedule)
+    x0 = bound(to_x0(prediction, x, alpha_bar, schedule.prediction_type), schedule)
+    eps = to_eps(prediction, x, alpha_bar, schedule.prediction_type)
     sigma = eta * ((1 - prev_alpha_bar) / (1 - alpha_bar) * (1 - alpha_bar / prev_alpha_bar)) ** 0.5
     # At zero SNR and eta 1 the difference is 0, which rounding can make negative.
     prev = prev_alpha_bar**0.5 * x0 + (1 - prev_alpha_bar - sigma**2).clamp(min=0) ** 0.5 * eps
@@ -74,27 +77,44 @@ def ddpm_step(
     *,
     noise: Tensor | None = None,
     gradient: Tensor | None = None,
+    last_t: int | None = None,
 ) -> SamplerStep:
     """One ancestral step from `t` to `prev_t` (Ho et al. 2020, eq. 6 and 7). prev_t < 0 = the clean end.
 
     Args:
+        model_output: shaped like x; of twice its channels under variance_type "learned_range".
         noise: shaped like x, times the standard deviation of the schedule's `variance_type`; None = the mean.
         gradient: shaped like x, of a guiding log-probability and times its scale: the mean moves by variance
             times gradient (Dhariwal and Nichol 2021, algorithm 1).
+        last_t: the timestep visited before `t`. The posterior of a step to the clean end has no variance, so
+            there a learned range begins at that of the step from last_t to t; None = t + 1. Where there is no
+            such step, the range is beta alone.
     """
     alpha_bar = schedule.alphas_cumprod[t]
     prev_alpha_bar = schedule.alphas_cumprod[prev_t] if prev_t >= 0 else torch.tensor(1.0)
     alpha = alpha_bar / prev_alpha_bar
-    x0 = bound(to_x0(model_output, x, alpha_bar, schedule.prediction_type), schedule)
+    prediction, v = split_variance(model_output, x, schedule)
+    x0 = bound(to_x0(prediction, x, alpha_bar, schedule.prediction_type), schedule)
     x0_weight = prev_alpha_bar**0.5 * (1 - alpha) / (1 - alpha_bar)
     x_weight = alpha**0.5 * (1 - prev_alpha_bar) / (1 - alpha_bar)
     prev = x0_weight * x0 + x_weight * x
-    small = ((1 - prev_alpha_bar) / (1 - alpha_bar) * (1 - alpha)).clamp(min=1e-20)
-    variance = small if schedule.variance_type == "fixed_small" else 1 - alpha
+    if v is not None:
+        last_t = t + 1 if last_t is None else last_t
+        if prev_t >= 0:
+            lowest = _posterior_variance(t, prev_t, schedule)
+        elif last_t < schedule.num_train_timesteps:
+            lowest = _posterior_variance(last_t, t, schedule)
+        else:
+            lowest = 1 - alpha
+        variance = learned_log_variance(v, lowest, 1 - alpha).exp()
+    elif schedule.variance_type == "fixed_large":
+        variance = 1 - alpha
+    else:
+        variance = _posterior_variance(t, prev_t, schedule)
     if gradient is not None:
-        prev = prev + variance * gradient
+        prev = prev + (variance * gradient).to(x.dtype)
     if noise is not None:
-        prev = prev + variance**0.5 * noise
+        prev = prev + (variance**0.5 * noise).to(x.dtype)
     return SamplerStep(prev, x0)
 
 
@@ -163,9 +183,12 @@ def sample_ddpm(
     def step(i: int, x: Tensor) -> SamplerStep:
         prev_t = _next(steps, i)
         output = evaluate(denoiser, x, steps[i])
-        gradient = None if guidance is None else guidance_scale * evaluate(guidance, x, steps[i])
+        gradient = None
+        if guidance is not None:
+            gradient = guidance_scale * same_shape("guidance", evaluate(guidance, x, steps[i]), x)
         noise = randn(x.shape, generator, device=x.device, dtype=x.dtype) if prev_t >= 0 else None
-        return ddpm_step(output, steps[i], prev_t, x, schedule, noise=noise, gradient=gradient)
+        last_t = steps[i - 1] if i > 0 else None
+        return ddpm_step(output, steps[i], prev_t, x, schedule, noise=noise, gradient=gradient, last_t=last_t)
 
     return walk(step, x, steps, callback, progress)
 
@@ -198,6 +221,13 @@ def sample_plms(
         return plms_step(outputs, t, prev_t, x, schedule)
 
     return walk(step, x, steps, callback, progress)
+
+
+def _posterior_variance(t: int, prev_t: int, schedule: NoiseSchedule) -> Tensor:
+    """That of q(x_prev_t | x_t, x_0), a float32 scalar of at least 1e-20 (Ho et al. 2020, eq. 7)."""
+    alpha_bar = schedule.alphas_cumprod[t]
+    prev_alpha_bar = schedule.alphas_cumprod[prev_t] if prev_t >= 0 else torch.tensor(1.0)
+    return ((1 - prev_alpha_bar) / (1 - alpha_bar) * (1 - alpha_bar / prev_alpha_bar)).clamp(min=1e-20)
 
 
 def _next(steps: Sequence[int], i: int) -> int:

@@ -27,12 +27,14 @@ from fastldm.diffusion.samplers.walk import (
     walk,
 )
 from fastldm.diffusion.schedules import NoiseSchedule
+from fastldm.diffusion.variance import split_variance
 from fastldm.errors import InputError
 
 
 def predicted_x0(model_output: Tensor, sigma: float, x: Tensor, schedule: NoiseSchedule) -> Tensor:
     """The clean sample that `model_output` at x with noise level `sigma` stands for, in its bounds."""
-    return bound(to_x0(model_output, x, 1 / (1 + sigma**2), schedule.prediction_type), schedule)
+    prediction, _ = split_variance(model_output, x, schedule)
+    return bound(to_x0(prediction, x, 1 / (1 + sigma**2), schedule.prediction_type), schedule)
 
 
 def check_fall(sigma: float, next_sigma: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastldm.diffusion.guidance import Denoiser
-from fastldm.diffusion.samplers.walk import Callback, SamplerStep, evaluate, falling_sigmas, walk
+from fastldm.diffusion.samplers.walk import Callback, SamplerStep, evaluate, falling_sigmas, same_shape, walk
 from fastldm.errors import InputError
 
 
@@ -40,6 +40,7 @@ def flow_sigmas(num_inference_steps: int, shift: float = 1.0, num_train_timestep
 
 def flow_euler_step(model_output: Tensor, sigma: float, next_sigma: float, x: Tensor) -> SamplerStep:
     """One Euler step along the predicted velocity noise - x0."""
+    same_shape("denoiser", model_output, x)
     if not 0 <= next_sigma < sigma <= 1:
         raise InputError(f"a step from sigma {sigma} to {next_sigma}: need 1 >= sigma > next_sigma >= 0")
     return SamplerStep(x + (next_sigma - sigma) * model_output, x - sigma * model_output)

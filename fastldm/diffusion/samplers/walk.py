@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastldm.diffusion.guidance import Denoiser, dynamic_threshold
+from fastldm.diffusion.guidance import Denoiser, Gradient, dynamic_threshold
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import InputError
 
@@ -51,14 +51,17 @@ def randn(
     return torch.cat(rows).to(device)
 
 
-def evaluate(denoiser: Denoiser, x: Tensor, t: float) -> Tensor:
-    """The denoiser's output at timestep t: int64 (B,) for a whole one, float32 (B,) for a fractional one."""
+def evaluate(function: Denoiser | Gradient, x: Tensor, t: float) -> Tensor:
+    """function(x, t) at timestep t: int64 (B,) for a whole one, float32 (B,) for a fractional one."""
     dtype = torch.int64 if isinstance(t, int) else torch.float32
-    output = denoiser(x, torch.full((x.shape[0],), t, dtype=dtype, device=x.device))
+    return function(x, torch.full((x.shape[0],), t, dtype=dtype, device=x.device))
+
+
+def same_shape(name: str, output: Tensor, x: Tensor) -> Tensor:
+    """`output`, which must be shaped like x."""
     if output.shape != x.shape:
         raise InputError(
-            f"the denoiser gave {tuple(output.shape)} for x {tuple(x.shape)}: it must keep the shape; "
-            "split a learned variance off first"
+            f"the {name} gave {tuple(output.shape)} for x {tuple(x.shape)}: it must keep the shape"
         )
     return output
 
