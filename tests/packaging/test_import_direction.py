@@ -34,7 +34,7 @@ MAY_IMPORT = {
     | {"ops", "nn", "io", "models", "diffusion", "systems", "dispatch", "pictures"}
     | {"memory"},
     "evaluation": BASE | {"io", "text", "pictures", "models", "diffusion", "systems", "training"},
-    "reproduce": BASE | {"io", "pictures", "systems", "training", "evaluation"},
+    "reproduce": BASE | {"io", "pictures", "diffusion", "systems", "training", "evaluation"},
     "testing": BASE | KERNELS | {"dispatch"},
     "env": BASE | KERNELS | {"dispatch", "ops"},
     "cli": BASE
