@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+
+# What is trained: its configuration in fastldm.training.config, and the module and name of its task.
+_KINDS = {
+    "vq": ("FirstStageConfig", "first_stage_task", "FirstStageTask"),
+    "ldm": ("LatentDiffusionConfig", "latent_diffusion", "LatentDiffusionTask"),
+    "clip": ("CLIPTrainingConfig", "clip", "CLIPTask"),
+    "classifier": ("ClassifierConfig", "classifier", "ClassifierTask"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind",
-        choices=["vq", "ldm", "clip", "classifier"],
+        choices=list(_KINDS),
         help="vq: first stage (VQ-VAE or KL); ldm: diffusion on its latents or in pixels; "
         "clip: pictures against captions; classifier: classes of noisy pictures",
     )
@@ -21,27 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def config_class(kind: str) -> type:
+    """The configuration of a kind of training."""
+    from fastldm.training import config
+
+    return getattr(config, _KINDS[kind][0])
+
+
 def run(arguments: argparse.Namespace) -> None:
-    from fastldm.training import config as configs
+    from fastldm.training.config import load_config
     from fastldm.training.extras import require
 
     for package in ("yaml", "accelerate", "tensorboard"):
         require(package)
-    classes = {
-        "vq": configs.FirstStageConfig,
-        "ldm": configs.LatentDiffusionConfig,
-        "clip": configs.CLIPTrainingConfig,
-        "classifier": configs.ClassifierConfig,
-    }
-    config = configs.load_config(classes[arguments.kind], arguments.config, arguments.overrides)
-    if arguments.kind == "vq":
-        from fastldm.training.first_stage_task import FirstStageTask as Task
-    elif arguments.kind == "clip":
-        from fastldm.training.clip import CLIPTask as Task
-    elif arguments.kind == "classifier":
-        from fastldm.training.classifier import ClassifierTask as Task
-    else:
-        from fastldm.training.latent_diffusion import LatentDiffusionTask as Task
+    config = load_config(config_class(arguments.kind), arguments.config, arguments.overrides)
+    _, module, name = _KINDS[arguments.kind]
+    task = getattr(importlib.import_module(f"fastldm.training.{module}"), name)
     from fastldm.training.loop import train
 
-    print(train(config, lambda: Task(config), resume=arguments.resume))
+    print(train(config, lambda: task(config), resume=arguments.resume))

@@ -1,0 +1,93 @@
+"""The documentation against the tree: its links, its commands, its code and the numbers it quotes."""
+
+import argparse
+import ast
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fastldm.cli import reproduce as cli_reproduce
+from fastldm.cli import sample, train
+from fastldm.reproduce import CLAIMS, shipped_finding
+from fastldm.training.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = {page: page.read_text("utf-8") for page in PAGES}
+
+
+def ids(page):
+    return page.stem
+
+
+def blocks(text, language=""):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
+
+
+def commands():
+    for page, text in TEXTS.items():
+        for block in blocks(text):
+            yield from (pytest.param(line, id=f"{page.stem}: {line}") for line in block.splitlines() if line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXTS[page]):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_files_that_are_named_exist(page):
+    for name in re.findall(r"`(?:fastldm/)?((?:[a-z_]+/)+(?:[a-z_]+\.py)?)`", TEXTS[page]):
+        assert (ROOT / "fastldm" / name).exists(), name
+
+
+def test_every_page_is_in_the_index():
+    index = TEXTS[ROOT / "docs" / "README.md"]
+    for page in PAGES:
+        assert page.name == "README.md" or f"({page.name})" in index
+
+
+@pytest.mark.parametrize("command", list(commands()))
+def test_commands_are_understood(command):
+    program, name, *words = shlex.split(command)
+    assert program == "fastldm"
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    {"sample": sample, "train": train, "reproduce": cli_reproduce}[name].add_arguments(parser)
+    given, rest = parser.parse_known_args(words)
+    if name == "train":
+        given.overrides += rest
+        load_config(train.config_class(given.kind), given.config, given.overrides)
+    else:
+        assert not rest
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_names_in_code_exist(page):
+    for block in blocks(TEXTS[page], "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), block
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_pages_quote_the_committed_findings(claim):
+    finding = shipped_finding(claim)
+    quoted = [page.name for page, text in TEXTS.items() if finding.verdict in " ".join(text.split())]
+    assert len(quoted) == 1, f"no page quotes the verdict of {claim}"
+
+
+def test_the_reconstructions_that_are_quoted_are_those_measured():
+    rows = json.loads((ROOT / "docs/results/shapes/accuracy.json").read_text())["rows"]
+    measured = [
+        f"{100 * row['scores']['all']['accuracy']:.1f}%"
+        for row in rows
+        if row["pictures"] == "reconstructions"
+    ]
+    text = TEXTS[ROOT / "docs" / "first-stages.md"]
+    assert re.findall(r"\d+\.\d%", text) == measured
