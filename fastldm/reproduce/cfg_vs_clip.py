@@ -86,5 +86,5 @@ def plot(finding: Finding) -> Figure:
             )
     axes.set_xlabel("diversity: two right pictures differ in size or place")
     axes.set_ylabel("colour and shape right, %")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     return figure

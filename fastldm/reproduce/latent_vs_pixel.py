@@ -198,5 +198,5 @@ def plot(finding: Finding) -> Figure:
     axes.set_ylabel("colour and shape right, %")
     axes.set_xlim(left=0)
     axes.set_ylim(0, 105)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     return figure

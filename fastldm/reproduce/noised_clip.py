@@ -170,5 +170,5 @@ def plot(finding: Finding) -> Figure:
     read.set_ylabel("read: own caption among 21, %")
     for axes in (drawn, read):
         axes.set_ylim(0, 105)
-        axes.legend(fontsize=8)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
     return figure

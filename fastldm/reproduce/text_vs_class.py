@@ -110,5 +110,5 @@ def plot(finding: Finding) -> Figure:
     axes.set_xticks(range(len(_SETS)), [f"{split} pairs" for split in _SETS])
     axes.set_ylabel("colour and shape right, %")
     axes.set_ylim(0, 105)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     return figure

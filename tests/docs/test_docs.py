@@ -24,6 +24,11 @@ def ids(page):
     return page.stem
 
 
+def _prose(text):
+    """The text in one line, without the marks of quotations."""
+    return " ".join(re.sub(r"^> ?", "", text, flags=re.M).split())
+
+
 def blocks(text, language=""):
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
 
@@ -78,7 +83,7 @@ def test_names_in_code_exist(page):
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_pages_quote_the_committed_findings(claim):
     finding = shipped_finding(claim)
-    quoted = [page.name for page, text in TEXTS.items() if finding.verdict in " ".join(text.split())]
+    quoted = [page.name for page, text in TEXTS.items() if finding.verdict in _prose(text)]
     assert len(quoted) == 1, f"no page quotes the verdict of {claim}"
 
 
