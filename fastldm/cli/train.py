@@ -1,4 +1,4 @@
-"""`fastldm train vq|ldm|clip|classifier`."""
+"""`fastldm train vq|ldm|clip|classifier|glide`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind",
-        choices=["vq", "ldm", "clip", "classifier"],
+        choices=["vq", "ldm", "clip", "classifier", "glide"],
         help="vq: first stage (VQ-VAE or KL); ldm: diffusion on its latents or in pixels; "
-        "clip: pictures against captions; classifier: classes of noisy pictures",
+        "clip: pictures against captions; classifier: classes of noisy pictures; "
+        "glide: GLIDE's base network or upsampler",
     )
     parser.add_argument(
         "--config", required=True, metavar="NAME|FILE", help="a shipped configuration or a YAML file"
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         "ldm": configs.LatentDiffusionConfig,
         "clip": configs.CLIPTrainingConfig,
         "classifier": configs.ClassifierConfig,
+        "glide": configs.GlideConfig,
     }
     config = configs.load_config(classes[arguments.kind], arguments.config, arguments.overrides)
     if arguments.kind == "vq":
@@ -40,6 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
         from fastldm.training.clip import CLIPTask as Task
     elif arguments.kind == "classifier":
         from fastldm.training.classifier import ClassifierTask as Task
+    elif arguments.kind == "glide":
+        from fastldm.training.glide import GlideTask as Task
     else:
         from fastldm.training.latent_diffusion import LatentDiffusionTask as Task
     from fastldm.training.loop import train
