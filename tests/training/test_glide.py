@@ -166,6 +166,12 @@ def test_what_is_erased_is_a_rectangle_of_each_picture_and_some_are_erased_whole
 def test_the_network_is_shown_what_is_not_erased():
     call, _, images = asked(count=64, inpainting=True)
     mask = call["inpaint_mask"]
+    # After t, the noise and which captions are emptied.
+    source = generator()
+    torch.randint(1000, (64,), generator=source)
+    torch.randn(images.shape, generator=source)
+    torch.rand(64, generator=source)
+    assert torch.equal(mask, 1 - random_regions(images.shape, source).float())
     assert mask.unique().tolist() == [0, 1]
     assert torch.equal(call["inpaint_image"] * mask, images * mask)
     plain, *_ = asked(count=64)
