@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -19,6 +20,13 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Float pictures (B, 3, H, W) in [-1, 1] to 8-bit RGB."""
     pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).cpu().contiguous()]
+
+
+def from_pil(pictures: Sequence[Image.Image], size: int) -> torch.Tensor:
+    """Pictures as RGB squares (bicubic), float32 (B, 3, size, size) in [-1, 1]."""
+    resized = [p.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for p in pictures]
+    pixels = torch.from_numpy(np.stack([np.asarray(p, np.float32) for p in resized]))
+    return pixels.permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
 def grid(

@@ -21,7 +21,7 @@ from fastldm.errors import FastLDMError
 
 _COMMANDS = {
     "sample": "draw pictures from captions",
-    "train": "train a first stage, latent diffusion, CLIP or a classifier",
+    "train": "train a first stage, latent diffusion, CLIP, a classifier or GLIDE",
     "evaluate": "measure how well pictures match captions of the built-in shapes",
     "reproduce": "run the experiment behind a claim of the field",
     "build": "compile the C++ and CUDA kernels for this machine",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fastldm.errors import InputError
 
 if TYPE_CHECKING:
+    from fastldm.systems.glide import GlidePipeline
     from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 
 # Those of fastldm.diffusion.samplers, which is not imported for --help.
@@ -47,16 +48,18 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     return dispatch.use_backend(name)
 
 
-def load_pipeline(arguments: argparse.Namespace) -> LatentDiffusionPipeline:
-    """The pipeline that --model names, on --device, with --sampler."""
+def load_pipeline(arguments: argparse.Namespace) -> LatentDiffusionPipeline | GlidePipeline:
+    """The pipeline that --model names, of its own class, on --device, with --sampler."""
     import torch
 
     import fastldm
-    from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
+    from fastldm.systems import GlidePipeline, LatentDiffusionPipeline, folders
 
     if not 0 <= arguments.seed < 2**63:
         raise InputError(f"--seed {arguments.seed}: give 0 or more, below 2^63")
-    pipeline = LatentDiffusionPipeline.from_pretrained(arguments.model)
+    index = folders.read_index(folders.find_pipeline(arguments.model))
+    glide = index.get("_class_name") == GlidePipeline.__name__
+    pipeline = (GlidePipeline if glide else LatentDiffusionPipeline).from_pretrained(arguments.model)
     if arguments.sampler not in (None, pipeline.sampler):
         pipeline.sampler, pipeline.karras = arguments.sampler, False
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,8 +70,8 @@ def load_pipeline(arguments: argparse.Namespace) -> LatentDiffusionPipeline:
         raise InputError(f"--device {device}: {reason}; `fastldm env` lists the devices") from error
     if pipeline.device.type == "cpu":
         fastldm.keep_freed_memory()
-        fastldm.pack_weights(pipeline.unet)
-        fastldm.pack_weights(pipeline.first_stage)
+        for network in pipeline.networks if glide else (pipeline.unet, pipeline.first_stage):
+            fastldm.pack_weights(network)
     return pipeline
 
 

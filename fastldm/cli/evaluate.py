@@ -50,10 +50,16 @@ def run(arguments: argparse.Namespace) -> None:
     check_writable(examples)
 
     from fastldm.evaluation.accuracy import evaluate
+    from fastldm.systems import LatentDiffusionPipeline
 
     with use_backend(arguments.backend):
+        pipeline = load_pipeline(arguments)
+        if not isinstance(pipeline, LatentDiffusionPipeline):
+            raise InputError(
+                f"--model {arguments.model} is a {type(pipeline).__name__}; give one of latent diffusion"
+            )
         report = evaluate(
-            load_pipeline(arguments),
+            pipeline,
             num_captions=arguments.num_captions,
             guidance_scales=arguments.guidance_scale,
             num_inference_steps=arguments.num_inference_steps,

@@ -1,4 +1,4 @@
-"""`fastldm train vq|ldm|clip|classifier`."""
+"""`fastldm train vq|ldm|clip|classifier|glide`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ _KINDS = {
     "ldm": ("LatentDiffusionConfig", "latent_diffusion", "LatentDiffusionTask"),
     "clip": ("CLIPTrainingConfig", "clip", "CLIPTask"),
     "classifier": ("ClassifierConfig", "classifier", "ClassifierTask"),
+    "glide": ("GlideConfig", "glide", "GlideTask"),
 }
 
 
@@ -19,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kind",
         choices=list(_KINDS),
         help="vq: first stage (VQ-VAE or KL); ldm: diffusion on its latents or in pixels; "
-        "clip: pictures against captions; classifier: classes of noisy pictures",
+        "clip: pictures against captions; classifier: classes of noisy pictures; "
+        "glide: GLIDE's base network or upsampler",
     )
     parser.add_argument(
         "--config", required=True, metavar="NAME|FILE", help="a shipped configuration or a YAML file"

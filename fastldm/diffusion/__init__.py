@@ -11,6 +11,7 @@ from fastldm.diffusion.guidance import (
     score_gradient,
 )
 from fastldm.diffusion.losses import hybrid_loss, simple_loss, vlb_prior, vlb_terms
+from fastldm.diffusion.projection import projected
 from fastldm.diffusion.samplers import (
     NoiseLevels,
     ddim_step,
@@ -61,6 +62,7 @@ __all__ = [
     "karras_sigmas",
     "noise_levels",
     "plms_step",
+    "projected",
     "randn",
     "rescale_guidance",
     "sample_ddim",

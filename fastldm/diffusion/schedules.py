@@ -266,3 +266,30 @@ class NoiseSchedule:
         else:
             raise InputError(f"spacing={spacing!r} is not offered; use one of {', '.join(TIMESTEP_SPACINGS)}")
         return torch.from_numpy(steps.astype(np.int64))
+
+    def sections(self, counts: Sequence[int]) -> Tensor:
+        """Timesteps that lie closer where it matters: int64 (sum of counts,), falling.
+
+        The schedule is cut into len(counts) equal parts, the first at the clean end, and part i is walked in
+        counts[i] even steps from its first to its last timestep (Nichol and Dhariwal 2021, section 4, and the
+        respacing "10,10,3,2,2" of their code).
+
+        Raises:
+            InputError: for no parts, or a part with more steps than timesteps, or none.
+        """
+        total = self.num_train_timesteps
+        size, longer = divmod(total, max(1, len(counts)))
+        steps, start = [], 0
+        for i, count in enumerate(counts):
+            length = size + (i < longer)
+            if not 1 <= count <= length:
+                raise InputError(
+                    f"counts={list(counts)}: part {i + 1} has {length} of the {total} timesteps; use 1 to "
+                    f"{length} steps"
+                )
+            stride = (length - 1) / (count - 1) if count > 1 else 0
+            steps += [start + round(stride * j) for j in range(count)]
+            start += length
+        if not steps:
+            raise InputError("counts is empty: give the number of steps of each part, such as [10, 10, 5]")
+        return torch.tensor(steps[::-1])

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastldm.diffusion.scheduler_config import class_of
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError
 from fastldm.io import atomic_folder, atomic_write
@@ -102,17 +103,40 @@ def writing_pipeline(path: str | os.PathLike, index: Mapping[str, Any]) -> Itera
         raise CheckpointError(f"cannot save the pipeline to {path}: {error}") from error
 
 
-def read_scheduler(folder: Path, index: Mapping[str, Any]) -> tuple[NoiseSchedule, dict[str, Any]]:
+def scheduler_config(
+    schedule: NoiseSchedule, sampler: str, karras: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A schedule as diffusers' class of the sampler, and the fields that the class does not know."""
+    config = schedule.to_config(class_of(sampler))
+    read_back = NoiseSchedule.from_config(config).to_fields()
+    lost = {key: value for key, value in schedule.to_fields().items() if value != read_back[key]}
+    return {**config, **({"use_karras_sigmas": True} if karras else {})}, lost
+
+
+def write_scheduler(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `scheduler_config.json` into a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    atomic_write(folder / SCHEDULER, json.dumps(config, indent=2) + "\n")
+
+
+def lost_fields(part: str) -> str:
+    """The key of a `model_index.json` under which stands what a scheduler's class does not know."""
+    return f"_{part.removesuffix('r')}"
+
+
+def read_scheduler(
+    folder: Path, index: Mapping[str, Any], part: str = "scheduler"
+) -> tuple[NoiseSchedule, dict[str, Any]]:
     """The noise schedule of a pipeline, and the fields of its scheduler, which say how to walk it.
 
     Raises:
         CheckpointError: if there is none, or it cannot be read.
         ConfigError: if it is not offered.
     """
-    config = read_json(folder / "scheduler" / SCHEDULER)
+    config = read_json(folder / part / SCHEDULER)
     # diffusers makes the class that the index names of whatever config there is.
-    if named := part_class(index, "scheduler"):
+    if named := part_class(index, part):
         config = {**config, "_class_name": named}
     schedule = NoiseSchedule.from_config(config)
     # What that class does not know stands in the index.
-    return NoiseSchedule.from_config({**schedule.to_fields(), **index.get("_schedule", {})}), config
+    return NoiseSchedule.from_config({**schedule.to_fields(), **index.get(lost_fields(part), {})}), config

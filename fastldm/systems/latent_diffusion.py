@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fastldm.diffusion.guidance import Denoiser, Gradient, classifier_free, finite, gradient_guided
-from fastldm.diffusion.samplers import DRAWING, SAMPLERS, Generators, noise_levels, randn
-from fastldm.diffusion.scheduler_config import class_of, sampler_of, takes_karras
+from fastldm.diffusion.guidance import Denoiser, Gradient, classifier_free, finite
+from fastldm.diffusion.samplers import Generators, noise_levels
+from fastldm.diffusion.scheduler_config import sampler_of
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
 from fastldm.io import atomic_write
@@ -32,18 +27,27 @@ from fastldm.models.conditioners import (
     TextConditioner,
     predict,
 )
-from fastldm.models.outputs import Output
 from fastldm.models.pixel_space import PixelSpace
 from fastldm.models.text_transformer import LDMBertModel
 from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet2DConditionModel
 from fastldm.models.vq_model import VQModel
 from fastldm.models.weights import read_json
-from fastldm.pictures import to_pil
 from fastldm.systems import folders
 from fastldm.systems.guides import Guide
+from fastldm.systems.sampling import (
+    ImagePipelineOutput,
+    StepCallback,
+    as_output,
+    check_call,
+    check_sampler,
+    evaluating,
+    first_noise,
+    step_callback,
+    walk_down,
+    with_defaults,
+)
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # What a call uses where neither the caller nor the model's folder says: as diffusers' LDMTextToImagePipeline.
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 1.0}
 
@@ -58,20 +62,9 @@ FIRST_STAGE_PARTS = ("vqvae", "vae")
 _CONDITIONERS = {"ClassConditioner": ClassConditioner, "SpatialConditioner": SpatialConditioner}
 
 
-@dataclass
-class ImagePipelineOutput(Output):
-    """images: PIL images, numpy (B, H, W, 3) or tensor (B, 3, H, W), float32 in [0, 1], or latents."""
-
-    images: list[Image.Image] | np.ndarray | Tensor
-
-
 def scale_from_batch(latents: Tensor) -> float:
     """The factor that brings latents to unit standard deviation: 1 / std over all their elements."""
     return 1 / latents.float().std().item()
-
-
-def _is_scale(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 class LatentDiffusionPipeline:
@@ -104,15 +97,7 @@ class LatentDiffusionPipeline:
         karras: bool = False,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        if sampler not in SAMPLERS:
-            raise ConfigError(f"sampler={sampler!r} is not offered; use one of {', '.join(SAMPLERS)}")
-        if karras and not takes_karras(sampler):
-            others = ", ".join(filter(takes_karras, SAMPLERS))
-            raise ConfigError(
-                f"karras=True as the default of sampler {sampler!r}; it can be that of {others}"
-            )
-        if unknown := sorted(set(defaults or {}) - set(DEFAULTS)):
-            raise ConfigError(f"unknown default(s) {', '.join(unknown)}; known: {', '.join(DEFAULTS)}")
+        check_sampler(sampler, karras)
         self.first_stage = first_stage
         self.conditioner = conditioner
         self.unet = unet
@@ -120,12 +105,7 @@ class LatentDiffusionPipeline:
         self.scaling_factor = first_stage.config.scaling_factor if scaling_factor is None else scaling_factor
         self.sampler = sampler
         self.karras = karras
-        self.defaults = {**DEFAULTS, **(defaults or {})}
-        steps, scale = self.defaults["num_inference_steps"], self.defaults["guidance_scale"]
-        if type(steps) is not int or steps < 1:
-            raise ConfigError(f"the default num_inference_steps must be a whole number from 1, got {steps!r}")
-        if not _is_scale(scale):
-            raise ConfigError(f"the default guidance_scale must be a finite number, got {scale!r}")
+        self.defaults = with_defaults(DEFAULTS, defaults)
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -175,6 +155,11 @@ class LatentDiffusionPipeline:
         }
 
     @property
+    def networks(self) -> list[torch.nn.Module]:
+        """Every part with weights."""
+        return [self.first_stage, self.conditioner, self.unet]
+
+    @property
     def device(self) -> torch.device:
         return self.unet.device
 
@@ -184,8 +169,8 @@ class LatentDiffusionPipeline:
 
     def to(self, *args: Any, **kwargs: Any) -> LatentDiffusionPipeline:
         """Move or convert every network, as `torch.nn.Module.to`; returns self."""
-        for module in (self.first_stage, self.conditioner, self.unet):
-            module.to(*args, **kwargs)
+        for network in self.networks:
+            network.to(*args, **kwargs)
         return self
 
     @torch.no_grad()
@@ -247,7 +232,7 @@ class LatentDiffusionPipeline:
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
         guidance_rescale: float = 0.0,
         sampler: str | None = None,
         progress: bool = True,
@@ -287,15 +272,13 @@ class LatentDiffusionPipeline:
         """
         steps = self.defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        if not _is_scale(scale):
-            raise InputError(f"guidance_scale={scale!r} must be a finite number, such as 2.0")
         sampler = sampler or self.sampler
         karras = (self.karras and sampler == self.sampler) if karras is None else karras
-        self._check_call(output_type, sampler, eta, num_images_per_prompt)
+        check_call(output_type, sampler, eta, num_images_per_prompt, scale)
         gradient_scale = finite("gradient_scale", gradient_scale)
         levels = noise_levels(self.schedule, sampler, steps, karras=karras)
 
-        with self._evaluating():
+        with evaluating(self.networks):
             condition, null = self._prepare(prompt, negative_prompt, scale)
             condition = condition.repeat_interleave(num_images_per_prompt, dim=0).to(self.device)
             conditioning = self.conditioner(condition)
@@ -311,44 +294,21 @@ class LatentDiffusionPipeline:
             )
             if isinstance(gradient, Guide):
                 gradient.check(shape, self.latent_scaling, self.schedule)
-            x = self._first_noise(shape, generator, latents)
-            # DDPM has a mean to move; for any other sampler guidance is a change of the noise.
-            by_mean = gradient is not None and sampler == "ddpm"
-            if gradient is not None and not by_mean:
-                denoiser = gradient_guided(denoiser, gradient, gradient_scale, self.schedule)
-
-            def callback(i: int, t: float, x: Tensor, x0: Tensor) -> Tensor | None:
-                changed = callback_on_step_end(self, i, t, {"latents": x})
-                return None if changed is None else changed.get("latents")
-
-            x = SAMPLERS[sampler](
+            x = walk_down(
+                sampler,
                 denoiser,
-                x,
+                first_noise(shape, generator, latents, self.device),
                 self.schedule,
-                levels.timesteps,
-                callback=None if callback_on_step_end is None else callback,
+                levels,
+                eta=eta,
+                generator=generator,
+                gradient=gradient,
+                gradient_scale=gradient_scale,
+                callback=step_callback(self, callback_on_step_end),
                 progress=progress,
-                **({} if levels.sigmas is None else {"sigmas": levels.sigmas}),
-                **({"generator": generator} if sampler in DRAWING else {}),
-                **({"eta": eta} if sampler == "ddim" else {}),
-                **({"guidance": gradient, "guidance_scale": gradient_scale} if by_mean else {}),
             )
-            images = self._finish(x, output_type)
+            images = x if output_type == "latent" else as_output(self.decode(x), output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
-
-    def _check_call(self, output_type: str, sampler: str, eta: float, num_images_per_prompt: int) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(
-                f"output_type={output_type!r} is not offered; use one of {', '.join(OUTPUT_TYPES)}"
-            )
-        if sampler not in SAMPLERS:
-            raise InputError(f"sampler={sampler!r} is not offered; use one of {', '.join(SAMPLERS)}")
-        if not 0 <= eta <= 1 or (eta and sampler != "ddim"):
-            raise InputError(
-                f"eta={eta} with sampler {sampler!r}: eta is 0 to 1 for 'ddim', and 0 for any other"
-            )
-        if num_images_per_prompt < 1:
-            raise InputError(f"num_images_per_prompt={num_images_per_prompt}: ask for at least one")
 
     def _prepare(self, prompt: Any, negative_prompt: Any, scale: float) -> tuple[Tensor, Tensor]:
         """The prepared conditions and what guidance leads away from, (B, ...) both."""
@@ -391,42 +351,6 @@ class LatentDiffusionPipeline:
         if height < 1 or width < 1 or height % factor or width % factor:
             raise InputError(f"height={height}, width={width}: use multiples of {factor}")
 
-    def _first_noise(self, shape: tuple[int, ...], generator: Generators, latents: Tensor | None) -> Tensor:
-        if (
-            generator is not None
-            and not isinstance(generator, torch.Generator)
-            and len(generator) != shape[0]
-        ):
-            raise InputError(
-                f"{len(generator)} generators for {shape[0]} pictures: give one, or one per picture"
-            )
-        if latents is None:
-            return randn(shape, generator, device=self.device)
-        if tuple(latents.shape) != shape:
-            raise InputError(f"latents are {tuple(latents.shape)}; this call needs {shape}")
-        return latents.to(self.device, torch.float32)
-
-    def _finish(self, x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
-        if output_type == "latent":
-            return x
-        images = self.decode(x)
-        if output_type == "pil":
-            return to_pil(images)
-        images = (images / 2 + 0.5).clamp(0, 1)
-        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """No dropout while sampling, also in the middle of training."""
-        modules = [module for module in (self.first_stage, self.conditioner, self.unet) if module.training]
-        try:
-            for module in modules:
-                module.eval()
-            yield
-        finally:
-            for module in modules:
-                module.train()
-
     def save_pretrained(
         self, path: str | os.PathLike, *, variant: str | None = None, dtype: torch.dtype | None = None
     ) -> None:
@@ -439,23 +363,19 @@ class LatentDiffusionPipeline:
         """
         pixels = isinstance(self.first_stage, PixelSpace)
         of_the_peer = isinstance(self.conditioner, TextConditioner) and not pixels
-        scheduler = self.schedule.to_config(class_of(self.sampler))
-        read_back = NoiseSchedule.from_config(scheduler).to_fields()
-        lost = {key: value for key, value in self.schedule.to_fields().items() if value != read_back[key]}
+        scheduler, lost = folders.scheduler_config(self.schedule, self.sampler, self.karras)
         index = {
             "_class_name": "LDMTextToImagePipeline" if of_the_peer else type(self).__name__,
             # diffusers skips what begins with an underscore.
             "_defaults": self.defaults,
-            **({"_schedule": lost} if lost else {}),
+            **({folders.lost_fields("scheduler"): lost} if lost else {}),
         }
         with folders.writing_pipeline(path, index) as folder:
             for name, part in self.components.items():
                 library, class_name = "diffusers", type(part).__name__
                 if isinstance(part, NoiseSchedule):
                     class_name = scheduler["_class_name"]
-                    config = {**scheduler, **({"use_karras_sigmas": True} if self.karras else {})}
-                    (folder / name).mkdir(exist_ok=True)
-                    atomic_write(folder / name / folders.SCHEDULER, json.dumps(config, indent=2) + "\n")
+                    folders.write_scheduler(folder / name, scheduler)
                 elif isinstance(part, Tokenizer):
                     library, class_name = "transformers", "PreTrainedTokenizerFast"
                     part.save_pretrained(folder / name)

@@ -1,9 +1,9 @@
 """Training configurations: dataclasses filled from YAML files and `key=value` overrides, every key checked.
 
 `TrainingConfig` holds what every run needs (data, optimiser, loop); `FirstStageConfig`,
-`LatentDiffusionConfig`, `CLIPTrainingConfig` and `ClassifierConfig` add the model and the loss. The fields
-that hold a network's own configuration (`model.config`, `unet`, ...) are plain mappings: the network checks
-them when it is built.
+`LatentDiffusionConfig`, `CLIPTrainingConfig`, `ClassifierConfig` and `GlideConfig` add the model and the
+loss. The fields that hold a network's own configuration (`model.config`, `unet`, ...) are plain mappings: the
+network checks them when it is built.
 """
 
 from __future__ import annotations
@@ -285,6 +285,54 @@ class ClassifierConfig(TrainingConfig):
     """As in LatentDiffusionConfig."""
 
 
+@dataclass
+class GlideConfig(TrainingConfig):
+    """`fastldm train glide`: GLIDE's base network or its upsampler, in pixels (Nichol et al. 2022)."""
+
+    name: str = "glide"
+    low_res: int | None = None
+    """Side of the small pictures that an upsampler enlarges to data.size; null = a base network."""
+    inpainting: bool = False
+    """Train on pictures of which random regions are erased, and show the network the rest."""
+    start_from: str | None = None
+    """Folder of a trained GLIDE to train further: its network, tokenizer and schedule count then. With
+    `inpainting` it is given the input channels for that, which start at zero."""
+    unet: dict[str, Any] = field(default_factory=dict)
+    """config.json fields of GlideUNet; sizes of pictures and of texts follow from the rest."""
+    tokenizer: str | None = None
+    """Folder of a GlideTokenizer; null = one that learns from the captions of the data."""
+    max_length: int = 12
+    """Tokens per caption."""
+    merges: int = 1024
+    """Most merges of a tokenizer that learns from the captions."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """Fields of scheduler_config.json where they are not GLIDE's: cosine betas for a base and linear ones for
+    an upsampler, with a learned variance."""
+    condition_dropout: float = 0.2
+    """Probability with which a sample is trained on the empty caption (classifier-free guidance)."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """`prompts` are for a base that does not inpaint; the others show pictures of the data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("condition_dropout", self.condition_dropout, at_least=0, at_most=1)
+        _require("max_length", self.max_length, at_least=1)
+        _require("merges", self.merges, at_least=0)
+        if self.low_res is not None:
+            _require("low_res", self.low_res, at_least=1, below=self.data.size)
+        given = [key for key in ("unet", "tokenizer", "schedule") if getattr(self, key)]
+        if self.start_from is not None and given:
+            raise ConfigError(
+                f"{', '.join(given)} with start_from={self.start_from}: those of that folder are used; leave "
+                "them out"
+            )
+        if self.sampling.prompts and (self.low_res is not None or self.inpainting):
+            raise ConfigError(
+                "sampling.prompts are for a base network that does not inpaint; leave them empty, and the "
+                "first pictures of the data are shown"
+            )
+
+
 def shipped_configs() -> list[str]:
     """Names accepted by `load_config` besides paths."""
     folder = resources.files("fastldm") / "configs"
@@ -295,7 +343,7 @@ def load_config(cls: type[T], source: str | Path | Mapping, overrides: Sequence[
     """Fill `cls` from a YAML file, the name of a shipped configuration, or a mapping.
 
     Args:
-        cls: FirstStageConfig, LatentDiffusionConfig, CLIPTrainingConfig or ClassifierConfig.
+        cls: FirstStageConfig, LatentDiffusionConfig, CLIPTrainingConfig, ClassifierConfig or GlideConfig.
         source: path of a YAML file, a name of `shipped_configs()`, or a mapping.
         overrides: "dotted.key=value" strings, the value in YAML ("optimizer.lr=3e-4", "ema.enabled=false").
 

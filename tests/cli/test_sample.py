@@ -13,9 +13,11 @@ from PIL import Image
 
 from fastldm import dispatch
 from fastldm.cli import common, main
+from fastldm.diffusion import NoiseSchedule
 from fastldm.diffusion.samplers import SAMPLERS
-from fastldm.models import CLIPModel, CLIPTokenizer
-from fastldm.systems import CLIPScorer
+from fastldm.models import CLIPModel, CLIPTokenizer, GlideTokenizer, GlideUNet
+from fastldm.systems import CLIPScorer, GlidePipeline, GlideStage
+from fastldm.systems.glide_stage import BASE_NOISE, UPSAMPLER_NOISE
 from fastldm.systems.guides import Latents
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 from fastldm.training.datasets.shapes import vocabulary
@@ -45,6 +47,24 @@ def test_a_caption_becomes_a_picture_and_the_command_says_how(sample, capsys, tm
     assert ops["attention"][0] in dispatch.BACKENDS
     assert float(ops["sample"][0]) > 0
     assert ops["sample"][1] == "s"
+
+
+def test_the_folder_of_a_glide_is_sampled(tmp_path, fails):
+    tokenizer = GlideTokenizer.from_captions(["a red circle"], 4)
+    fields = {"model_channels": 32, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
+    fields["num_head_channels"] = 32
+    text = {"n_vocab": tokenizer.vocab_size, "text_ctx": 4, "xf_width": 16, "xf_layers": 1, "xf_heads": 2}
+    base, large = (
+        GlideStage(GlideUNet(image_size=size, super_res=size == 16, **fields, **text), NoiseSchedule(**noise))
+        for size, noise in ((8, BASE_NOISE), (16, UPSAMPLER_NOISE))
+    )
+    GlidePipeline(tokenizer, base, large, defaults={"upsampler_steps": 2}).save_pretrained(tmp_path / "glide")
+    command = ["--model", str(tmp_path / "glide"), "--num-inference-steps", "2"]
+    out = tmp_path / "out.png"
+    assert main(["sample", "a red circle", *command, "--sampler", "ddim", "--out", str(out)]) == 0
+    assert Image.open(out).size == (16, 16)
+    line = fails("evaluate", *command, "--out", tmp_path / "report.json")
+    assert "is a GlidePipeline; give one of latent diffusion" in line
 
 
 def test_the_seed_alone_decides(sample):

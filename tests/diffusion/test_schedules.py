@@ -182,3 +182,23 @@ def test_abar_between_timesteps_has_its_sigma_on_the_line():
     sigmas = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod) ** 0.5
     expected = torch.stack([sigmas[0], 0.75 * sigmas[600] + 0.25 * sigmas[601], sigmas[999]])
     torch.testing.assert_close(((1 - alpha_bar) / alpha_bar).flatten() ** 0.5, expected, atol=0, rtol=1e-5)
+
+
+def test_sections_are_those_of_the_published_respacing():
+    schedule = NoiseSchedule.linear()
+    fast = schedule.sections([10, 10, 3, 2, 2]).tolist()
+    assert fast == [
+        *[999, 800, 799, 600, 599, 500, 400],
+        *[399, 377, 355, 333, 311, 288, 266, 244, 222, 200],
+        *[199, 177, 155, 133, 111, 88, 66, 44, 22, 0],
+    ]
+    assert schedule.sections([100]).tolist() == schedule.timesteps(100, "linspace").tolist()
+    # 10 = 4 + 3 + 3.
+    assert NoiseSchedule.linear(10).sections([2, 3, 1]).tolist() == [7, 6, 5, 4, 3, 0]
+    for counts, said in (
+        ([], "counts is empty"),
+        ([5, 0], r"part 2 has 5 .*use 1 to 5"),
+        ([11], "use 1 to 10"),
+    ):
+        with pytest.raises(InputError, match=said):
+            NoiseSchedule.linear(10).sections(counts)

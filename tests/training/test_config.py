@@ -12,6 +12,7 @@ from fastldm.training.config import (
     ClassifierConfig,
     CLIPTrainingConfig,
     FirstStageConfig,
+    GlideConfig,
     LatentDiffusionConfig,
     differing_keys,
     from_mapping,
@@ -24,7 +25,13 @@ from fastldm.training.config import (
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_shipped_configurations_load_and_survive_being_written(name, tmp_path):
-    kinds = {"ldm": LatentDiffusionConfig, "clip": CLIPTrainingConfig, "classifier": ClassifierConfig}
+    kinds = {
+        "ldm": LatentDiffusionConfig,
+        "clip": CLIPTrainingConfig,
+        "classifier": ClassifierConfig,
+        "glide": GlideConfig,
+        "upsampler": GlideConfig,
+    }
     cls = kinds.get(name.rpartition("-")[2], FirstStageConfig)
     config = load_config(cls, name)
     assert config.name == name

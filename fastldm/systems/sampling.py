@@ -1,0 +1,163 @@
+"""What a call of every system that makes pictures does alike: checks, noise, the walk, the pictures' form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastldm.diffusion.guidance import Denoiser, Gradient, gradient_guided
+from fastldm.diffusion.samplers import DRAWING, SAMPLERS, Generators, NoiseLevels, randn
+from fastldm.diffusion.scheduler_config import takes_karras
+from fastldm.diffusion.schedules import NoiseSchedule
+from fastldm.errors import ConfigError, InputError
+from fastldm.models.outputs import Output
+from fastldm.pictures import to_pil
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# callback(pipeline, step, timestep, {"latents": x}) -> a mapping whose "latents" replace x, or None.
+StepCallback = Callable[..., Mapping[str, Tensor] | None]
+
+
+@dataclass
+class ImagePipelineOutput(Output):
+    """images: PIL images, numpy (B, H, W, 3) or tensor (B, 3, H, W), float32 in [0, 1], or latents."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+
+
+def is_scale(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def check_sampler(sampler: str, karras: bool) -> None:
+    """ConfigError unless a model can have this sampler as its default."""
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"sampler={sampler!r} is not offered; use one of {', '.join(SAMPLERS)}")
+    if karras and not takes_karras(sampler):
+        others = ", ".join(filter(takes_karras, SAMPLERS))
+        raise ConfigError(f"karras=True as the default of sampler {sampler!r}; it can be that of {others}")
+
+
+def with_defaults(known: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a call uses by default: `known`, and in its place what a model was given.
+
+    Raises:
+        ConfigError: for a name that is not known, or values of num_inference_steps and guidance_scale that no
+            call can use.
+    """
+    if unknown := sorted(set(given or {}) - set(known)):
+        raise ConfigError(f"unknown default(s) {', '.join(unknown)}; known: {', '.join(known)}")
+    defaults = {**known, **(given or {})}
+    steps, scale = defaults["num_inference_steps"], defaults["guidance_scale"]
+    if type(steps) is not int or steps < 1:
+        raise ConfigError(f"the default num_inference_steps must be a whole number from 1, got {steps!r}")
+    if not is_scale(scale):
+        raise ConfigError(f"the default guidance_scale must be a finite number, got {scale!r}")
+    return defaults
+
+
+def check_call(output_type: str, sampler: str, eta: float, num_images_per_prompt: int, scale: float) -> None:
+    """InputError for an argument of a call that cannot be used."""
+    if not is_scale(scale):
+        raise InputError(f"guidance_scale={scale!r} must be a finite number, such as 2.0")
+    if output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type={output_type!r} is not offered; use one of {', '.join(OUTPUT_TYPES)}")
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler={sampler!r} is not offered; use one of {', '.join(SAMPLERS)}")
+    if not 0 <= eta <= 1 or (eta and sampler != "ddim"):
+        raise InputError(f"eta={eta} with sampler {sampler!r}: eta is 0 to 1 for 'ddim', and 0 for any other")
+    if num_images_per_prompt < 1:
+        raise InputError(f"num_images_per_prompt={num_images_per_prompt}: ask for at least one")
+
+
+def first_noise(
+    shape: tuple[int, ...], generator: Generators, latents: Tensor | None, device: torch.device
+) -> Tensor:
+    """The noise that a walk starts from, float32 of `shape`: `latents` if given, else drawn."""
+    if generator is not None and not isinstance(generator, torch.Generator) and len(generator) != shape[0]:
+        raise InputError(f"{len(generator)} generators for {shape[0]} pictures: give one, or one per picture")
+    if latents is None:
+        return randn(shape, generator, device=device)
+    if tuple(latents.shape) != shape:
+        raise InputError(f"latents are {tuple(latents.shape)}; this call needs {shape}")
+    return latents.to(device, torch.float32)
+
+
+def walk_down(
+    sampler: str,
+    denoiser: Denoiser,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    levels: NoiseLevels,
+    *,
+    eta: float = 0.0,
+    generator: Generators = None,
+    gradient: Gradient | None = None,
+    gradient_scale: float = 1.0,
+    callback: Callable[[int, float, Tensor, Tensor], Tensor | None] | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """From noise x to the sample by a sampler of `SAMPLERS`, guided by a gradient if there is one.
+
+    It moves the mean of "ddpm" and the noise of the other samplers (Dhariwal and Nichol 2021, algorithms 1
+    and 2).
+    """
+    # DDPM has a mean to move; for any other sampler guidance is a change of the noise.
+    by_mean = gradient is not None and sampler == "ddpm"
+    if gradient is not None and not by_mean:
+        denoiser = gradient_guided(denoiser, gradient, gradient_scale, schedule)
+    return SAMPLERS[sampler](
+        denoiser,
+        x,
+        schedule,
+        levels.timesteps,
+        callback=callback,
+        progress=progress,
+        **({} if levels.sigmas is None else {"sigmas": levels.sigmas}),
+        **({"generator": generator} if sampler in DRAWING else {}),
+        **({"eta": eta} if sampler == "ddim" else {}),
+        **({"guidance": gradient, "guidance_scale": gradient_scale} if by_mean else {}),
+    )
+
+
+def step_callback(
+    pipeline: Any, callback_on_step_end: StepCallback | None, *, first_step: int = 0
+) -> Callable[[int, float, Tensor, Tensor], Tensor | None] | None:
+    """A sampler's callback that calls a user's, whose steps are counted from `first_step`."""
+    if callback_on_step_end is None:
+        return None
+
+    def callback(i: int, t: float, x: Tensor, x0: Tensor) -> Tensor | None:
+        changed = callback_on_step_end(pipeline, first_step + i, t, {"latents": x})
+        return None if changed is None else changed.get("latents")
+
+    return callback
+
+
+def as_output(images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] as "pil", "np" or "pt"."""
+    if output_type == "pil":
+        return to_pil(images)
+    images = (images / 2 + 0.5).clamp(0, 1)
+    return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+@contextmanager
+def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """No dropout while sampling, also in the middle of training."""
+    training = [network for network in networks if network.training]
+    try:
+        for network in training:
+            network.eval()
+        yield
+    finally:
+        for network in training:
+            network.train()
