@@ -145,8 +145,8 @@ class ClassifierGuide:
         folder = resolve_folder(path, None, _CLASSES)
         model = ADMClassifier.from_pretrained(folder, torch_dtype=torch_dtype, variant=variant)
         classes, config = read_json(folder / _CLASSES).get("classes"), model.config
-        if not isinstance(classes, list) or len(classes) != config.num_classes:
-            raise CheckpointError(f"{folder / _CLASSES} must name the model's {config.num_classes} classes")
+        if not isinstance(classes, list) or len(classes) != config.out_channels:
+            raise CheckpointError(f"{folder / _CLASSES} must name the model's {config.out_channels} classes")
         shape = (config.in_channels, config.image_size, config.image_size)
         try:
             return cls(model, classes, GuideSpace(shape, read_latents(folder), read_schedule(folder)))

@@ -229,7 +229,7 @@ def test_class_folders_give_the_classes(classifier_config, tmp_path):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.num_classes=3", r"model\.num_classes=3 for data with 24; leave it out"),
+        ("model.out_channels=3", r"model\.out_channels=3 for data with 24; leave it out"),
         ("model.image_size=64", r"model\.image_size=64 for data with 32"),
         ("model.widths=3", "'widths'"),
         ("first_stage.path=''", r"first_stage\.path is not set"),

@@ -31,6 +31,7 @@ def test_shipped_configurations_load_and_survive_being_written(name, tmp_path):
         "classifier": ClassifierConfig,
         "glide": GlideConfig,
         "upsampler": GlideConfig,
+        "text": LatentDiffusionConfig,
     }
     cls = kinds.get(name.rpartition("-")[2], FirstStageConfig)
     config = load_config(cls, name)
