@@ -24,7 +24,7 @@ from fastldm.training.config import CLIPTrainingConfig
 from fastldm.training.datasets.shapes import SEEN_PAIRS
 
 TRIED, MEASURED = 4, 12
-CLIP_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+CLIP_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 @dataclass(frozen=True)
