@@ -64,7 +64,7 @@ void copy(Tensor x, Tensor y) {
 
 void math(Tensor x, Tensor out) {
   selftest_math(contiguous<float>(x, x.numel(), ScalarType::Float),
-                contiguous<float>(out, 8 * x.numel(), ScalarType::Float), to_int(x.numel()), Launching(x));
+                contiguous<float>(out, 9 * x.numel(), ScalarType::Float), to_int(x.numel()), Launching(x));
 }
 
 }  // namespace

@@ -271,7 +271,7 @@ struct SelftestCopy {
   }
 };
 
-// Numbers one by one: row r of `out` (8, count) is noted beside each line.
+// Numbers one by one: row r of `out` (9, count) is noted beside each line.
 struct SelftestMath {
   static constexpr int threads = 128;
   static constexpr int min_blocks = 1;
@@ -299,6 +299,9 @@ struct SelftestMath {
     put(5, log2_approx(positive));
     put(6, reciprocal_approx(x));
     put(7, fused_multiply_add(divide(x, 3.0f), square_root(positive), max_number(x, min_number(1.0f, x))));
+    // The square of a third, and nothing more unless it was not rounded before the subtraction.
+    const double third = x / 3.0, square = fused_multiply_add(third, third, 0.0);
+    put(8, static_cast<float>(square + 1e30 * (multiply(third, third) - square)));
   }
 };
 

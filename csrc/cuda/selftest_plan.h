@@ -49,7 +49,7 @@ inline void selftest_copy(const float* x, float* y, int count, const Context& co
 inline void selftest_math(const float* x, float* out, int count, const Context& context) {
   Shape shape;
   shape.grid_x = (count + SelftestMath::threads - 1) / SelftestMath::threads;
-  launch<SelftestMath>(shape, {{x, count}, {out, std::int64_t{8} * count}, count}, context);
+  launch<SelftestMath>(shape, {{x, count}, {out, std::int64_t{9} * count}, count}, context);
 }
 
 }  // namespace fastldm::cuda

@@ -8,11 +8,11 @@ import torch
 
 from ..common import tables
 from ..common.launch import Launch
+from ..common.rows import rows_of
 from ..common.target import Target
 from . import configs
 from .ema_update import plan_sums
 from .nearest import plan_nearest
-from .rows import rows_of
 
 _CONFIGS = {
     "search_few": configs.FewConfig,

@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import Launch, ceil_div
+from ..common.rows import Rows, rows_of
 from ..common.support import refuse
 from ..common.target import Target, target_of
 from . import configs
-from .rows import Rows, rows_of
 
 
 def supports(z: Tensor, indices: Tensor, num_codes: int) -> str | None:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..common.launch import Launch, ceil_div
+from ..common.rows import Rows, rows_of
 from ..common.support import refuse
 from ..common.target import Target, target_of
 from . import configs
 from .bound import relative_error_few, relative_error_many
 from .finish import finish
-from .rows import Rows, rows_of
 from .search_few import pack_few, search_few
 from .search_many import pack_many, search_many
 

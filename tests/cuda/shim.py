@@ -35,7 +35,8 @@ from fastldm.native.build import cache_folder, find_compiler
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 DRIVERS = Path(__file__).resolve().parent / "drivers"
 
-_FLAGS = ("-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DFASTLDM_HOST_SHIM")
+_WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+_FLAGS = ("-std=c++17", "-fPIC", "-ffp-contract=off", *_WARNINGS, "-DFASTLDM_HOST_SHIM")
 
 
 class ShimError(AssertionError):

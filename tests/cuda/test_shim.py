@@ -107,7 +107,7 @@ def test_math(shim, unwritten):
     special = torch.tensor([0.0, -0.0, 1e-8, 6e-8, 5.96e-8, 65504, 65519, 65520, 1e6, torch.inf, -torch.inf])
     ties = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 2**-14 + 2**-25, 3 * 2**-25])
     x = torch.cat([special, ties, torch.randn(500) * 10 ** torch.linspace(-9, 1, 500)])
-    out = unwritten(8, x.numel())
+    out = unwritten(9, x.numel())
     shim("selftest")("math", x, out, x.numel())
     half = x.half().float()
     exact = x.double()
@@ -119,10 +119,12 @@ def test_math(shim, unwritten):
         torch.testing.assert_close(out[row].double(), value, rtol=2e-6, atol=1e-6, equal_nan=True)
     last = x / 3 * x.abs().sqrt() + torch.fmax(x, torch.fmin(torch.ones(()), x))
     torch.testing.assert_close(out[7], last, rtol=1e-6, atol=1e-7, equal_nan=True)
+    square = torch.where(x.isfinite(), (exact / 3).square(), torch.nan).float()
+    torch.testing.assert_close(out[8], square, rtol=0, atol=0, equal_nan=True)
 
 
 def test_numbers_that_are_none(shim, unwritten):
-    x, out = torch.tensor([torch.nan]), unwritten(8, 1)
+    x, out = torch.tensor([torch.nan]), unwritten(9, 1)
     shim("selftest")("math", x, out, 1)
     assert out[:3].isnan().all()
 

@@ -24,9 +24,9 @@ from fastldm.testing.shapes import VQ_LAYERS, VQShape
 pytestmark = pytest.mark.skipif("triton" not in live_backends("vq_nearest"), reason="Triton is not installed")
 
 if "triton" in live_backends("vq_nearest"):
-    from fastldm.kernels.common import tables
+    from fastldm.kernels.common import rows, tables
     from fastldm.kernels.common.target import KNOWN
-    from fastldm.kernels.vq import configs, finish, nearest, rows
+    from fastldm.kernels.vq import configs, finish, nearest
     from fastldm.kernels.vq.bound import relative_error_few, relative_error_many
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
