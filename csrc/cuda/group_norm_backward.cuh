@@ -10,7 +10,7 @@
 // fact.
 //
 // As the forward, in two ways: one read of x and grad, both kept in shared memory by a block or a cluster, whose
-// blocks add up each other's sums in the order of their ranks (6 bytes an element of bfloat16: 0.63 ns for each KB of
+// blocks add up each other's sums in the order of their ranks (6 bytes an element of bfloat16: 0.64 ns for each KiB of
 // x at 4.8 TB/s); or `GroupNormSums` of each chunk, `GroupNormCoefficients`, `GroupNormInputGradient`, for few slabs at
 // a time. dweight and dbias need all samples: `GroupNormParameterGradients` at the end.
 #pragma once

@@ -4,7 +4,7 @@
 //
 // - one read: a block, or a cluster of up to 8, keeps its slab in shared memory, makes the statistics there and writes
 //   y. The blocks of a cluster tell each other three numbers a group through distributed shared memory. x is read
-//   once, y written once: at 4.8 TB/s (H200) 0.42 ns for each KB of x, a tensor of 16.8 MB in 7.0 us, 10.0 us at
+//   once, y written once: at 4.8 TB/s (H200) 0.43 ns for each KiB of x, a tensor of 16.8 MB in 7.0 us, 10.0 us at
 //   3.35 TB/s (H100). Every byte of the slab is on its way at once (copy_async), so that a multiprocessor with 28 KB
 //   in flight, 4.8 TB/s times 0.75 us over 132 of them, is never short of requests.
 // - two reads: `GroupNormStatistics` goes over a chunk of a slab tile by tile, `GroupNormNormalize` merges the chunks

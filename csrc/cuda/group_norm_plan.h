@@ -6,8 +6,8 @@
 //
 // bfloat16, forward, an H200 (132 multiprocessors, 227 KiB a block):
 //   (1, 320, 64, 64)     slab  80 KiB  32 slabs  cluster of 4, blocks of  21 KiB, 128 of them at once
-//   (1, 512, 128, 128)   slab 512 KiB  32 slabs  cluster of 8, blocks of  65 KiB, three on a multiprocessor
-//   (4, 128, 256, 256)   slab 512 KiB 128 slabs  cluster of 8, as above, three waves
+//   (1, 512, 128, 128)   slab 512 KiB  32 slabs  cluster of 8, blocks of  66 KiB, two on a multiprocessor (registers)
+//   (4, 128, 256, 256)   slab 512 KiB 128 slabs  cluster of 8, as above, four waves
 //   (1, 128, 512, 512)   slab   2 MiB  32 slabs  two reads, 8 slabs of 16 MiB at a time: the second out of L2
 // tests/cuda/test_group_norm.py has these as cases.
 #pragma once

@@ -13,8 +13,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from fastldm.native import build_cuda
 from fastldm.native.cuda import group_norm as cuda
 from fastldm.native.cuda import support
+from fastldm.native.library import load_cuda
+from fastldm.reference.group_norm import group_norm as reference
 from fastldm.testing import assert_as_accurate, plain_group_norm, poisoned_memory
 from fastldm.testing.inputs import group_norm_inputs
 from fastldm.testing.shapes import GroupNormShape
@@ -173,6 +176,17 @@ def test_every_way(shim, name, layout, dtype):
     first = check(Kernels(shim, way, capability), inputs, shape.num_groups)
     again = Kernels(shim, way, capability, seed=7).both(inputs, shape.num_groups)
     assert all(torch.equal(first[result], again[result]) for result in first)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FEW)
+def test_statistics(shim, name, layout):
+    inputs = group_norm_inputs(GroupNormShape((2, 24, 10, 8), 3), torch.float32, layout=layout)
+    values = (None, None, 1e-5, None, inputs["channel_bias"], None, None)
+    _, mean, rstd = Kernels(shim, way_of(name, layout)).forward(inputs["x"], 3, *values)
+    _, wanted_mean, wanted_rstd = reference(inputs["x"], 3, channel_bias=inputs["channel_bias"])
+    torch.testing.assert_close(mean.double(), wanted_mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(rstd.double(), wanted_rstd, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -401,6 +415,16 @@ def test_refusals_of_the_plan(shim):
         Kernels(shim, Way(2), capability=80).both(inputs, 1)
     with pytest.raises(ShimError, match="clusters need vectors"):
         Kernels(shim, Way(2, wide=False)).both(inputs, 1)
+
+
+@pytest.mark.skipif(build_cuda.missing() is not None, reason="the extension cannot be compiled here")
+def test_registered_without_a_gpu():
+    build_cuda.build()
+    x, stats, nothing = torch.zeros(1, 4, 8), torch.zeros(1, 2), (None,) * 5
+    with pytest.raises(RuntimeError, match="take tensors on a CUDA device"):
+        load_cuda().group_norm_forward(x, False, 2, 1e-5, True, *nothing, torch.zeros(1, 4, 8), stats, stats)
+    with pytest.raises(RuntimeError, match="take tensors on a CUDA device"):
+        load_cuda().group_norm_backward(x, x, stats, stats, False, 2, True, *nothing, None, *nothing)
 
 
 def on_gpu(*shape, dtype=torch.float16):
