@@ -42,7 +42,7 @@ struct GroupNormLayout {
   int bytes;
 };
 
-// Of a block of `threads` that keeps `tensors` tensors and makes `sums` sums of each channel, a tile of units at a time.
+// Of a block of `threads` that keeps `tensors` tensors and makes `sums` sums of each channel, a tile at a time.
 FASTLDM_HOST_DEVICE constexpr GroupNormLayout group_norm_layout(const GroupNormSizes& sizes, bool channels_last,
                                                                int vector, int itemsize, int threads, int tile,
                                                                int tensors, int sums) {
