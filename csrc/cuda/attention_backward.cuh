@@ -14,9 +14,9 @@
 //
 //   Dim                              40      64      72      80      96      128     160     256
 //   keys of a block                  128     128     128     128     128     64      64      64, dk and dv apart
-//   BackwardKeys, shared memory, KB  31      55      56      67      79      69      85      100
+//   BackwardKeys, shared memory, KiB 31      55      56      67      79      69      85      99
 //   queries of a block               128     128     128     128     128     64      64      64
-//   BackwardQueries, KB              30      54      54      66      78      68      84      99
+//   BackwardQueries, KiB             30      54      54      66      78      68      84      99
 //   blocks, sm_80 / sm_90            2/2     2/2     1/1     1/1     1/1     2/2     1/2     1/2
 //
 // Few keys are few blocks: so queries may be split into chunks, whose float32 sums BackwardReduce adds in order.

@@ -13,7 +13,7 @@
 //   Dim                     40    64    72    80    96    128   160   256
 //   queries                 128   128   128   128   128   128   128   64
 //   keys a step             64    64    64    64    32    32    32    32
-//   shared memory, KB       30    54    54    66    52    68    84    99
+//   shared memory, KiB      30    54    54    66    52    68    84    99
 //   blocks, sm_80 / sm_90   3/3   2/2   2/2   2/2   2/2   2/2   1/2   1/2     (by shared memory and registers)
 #pragma once
 

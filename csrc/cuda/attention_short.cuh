@@ -12,7 +12,7 @@
 // bytes, 128 a cycle), while memory takes 9 (4 Dim bytes at 17.8 a cycle and multiprocessor).
 //
 //   Dim x Keys                     40 x 80  64 x 80  80 x 80  160 x 80  40 x 128  64 x 128  80 x 128
-//   shared memory, KB              22       40       49       94        30        54        66
+//   shared memory, KiB             22       40       49       94        30        54        66
 //   blocks, sm_80 / sm_90          3/3      3/3      3/3      1/2       3/3       2/2       2/2
 #pragma once
 

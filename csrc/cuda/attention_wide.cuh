@@ -8,7 +8,7 @@
 //
 // Floor: 4 Sq Sk 512 operations. By shared memory: a step of 64 keys reads q and k for 8 warps (48 KB each), v (16 KB
 // each) and weights (4 KB each), 544 KB in 4250 cycles; its products are 4.2 million multiply-adds, 4096 cycles of an
-// A100. Shared memory: 209 KB by 64 keys (sm_90), 138 by 32 (sm_80); one block on a multiprocessor. With one head of
+// A100. Shared memory: 205 KiB by 64 keys (sm_90), 136 by 32 (sm_80); one block on a multiprocessor. With one head of
 // 4096 queries that is 64 blocks, so where blocks do not fill the device the keys are split; the parts (queries x 2 KB
 // each, in float32) are added up in order.
 #pragma once

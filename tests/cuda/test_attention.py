@@ -9,12 +9,12 @@ import types
 import pytest
 import torch
 
-from fastldm import reference
+from fastldm import ops, reference
 from fastldm.native.cuda import attention as cuda_attention
 from fastldm.native.cuda import support
 from fastldm.testing import assert_as_accurate, plain_attention, poisoned_memory
 from fastldm.testing.inputs import ATTENTION_LAYOUTS, attention_inputs
-from fastldm.testing.shapes import AttentionShape
+from fastldm.testing.shapes import ATTENTION_LAYERS, AttentionShape
 from tests.cuda.shim import ShimError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of fastldm::DType
@@ -559,3 +559,28 @@ def test_what_measurements_are_kept_under():
     assert found == {"head_dim": 40, "dtype": "bfloat16", "few_keys": True, "mask": False, "causal": False}
     args = grad, q, k, v, q, None, key_mask(AttentionShape(1, 1, 5, 77, 40), "odd"), True, None
     assert cuda_attention.key("backward", args) == found | {"mask": True, "causal": True}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ATTENTION_LAYERS)
+def test_layers_on_the_gpu(name, dtype):
+    """At their own size; the same bits again."""
+    shape = ATTENTION_LAYERS[name]
+    if shape.queries * shape.keys > 2**22:  # one head of float64 scores is 128 MB
+        shape = shape._replace(batch=1, heads=2 if shape.heads > 1 else 1)
+    inputs = [x.cuda() for x in attention_inputs(shape, dtype)]
+    terms = max(shape.queries, shape.keys) + shape.head_dim
+    truth = gradients(plain_attention, [x.double() for x in inputs])
+    rough = gradients(plain_attention, inputs)
+
+    def compute():
+        with poisoned_memory():
+            if shape.head_dim > 256:
+                return (ops.attention(*inputs[:3], backend="cuda"),)
+            return gradients(ops.attention, inputs, backend="cuda")
+
+    results = compute()
+    assert all(torch.equal(a, b) for a, b in zip(results, compute()))
+    for name, result, exact, plain in zip(("out", "dq", "dk", "dv"), results, truth, rough):
+        assert_as_accurate(result, exact, plain, name, terms=terms)
