@@ -12,7 +12,8 @@ from fastldm.testing import assert_as_accurate, live_backends, plain_attention
 from fastldm.testing.inputs import ATTENTION_LAYOUTS, MASKS, attention_inputs, attention_mask
 from fastldm.testing.shapes import ATTENTION, AttentionShape
 
-BACKENDS = live_backends("attention")
+# Those that take the whole contract; the kernels of cuda take a part: tests/cuda/test_attention.py.
+BACKENDS = [name for name in live_backends("attention") if name != "cuda"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The kernels of our own compute in float32 and refuse float64 (tests/native).
 WITH_FLOAT64 = [

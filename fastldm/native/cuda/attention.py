@@ -1,0 +1,119 @@
+"""Attention on the CUDA C++ kernels (csrc/cuda/attention_*.cu): float16 and bfloat16 on tensor cores."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastldm.implementation import Implementation, in_layout_of
+from fastldm.native.cuda.support import capability_of, refuse
+
+# GPUs whose blocks have 99 KiB of shared memory: tiles of wide heads do not fit.
+_SMALL = (86, 89, 120, 121)
+
+
+def _reason_against(q: Tensor, attn_mask: Tensor | None) -> str | None:
+    reason = refuse(q)
+    if reason is not None:
+        return reason
+    if q.dtype is torch.float32:
+        return "takes float16 and bfloat16; float32 would lose bits on tensor cores, use the triton backend"
+    if attn_mask is None:
+        return None
+    if attn_mask.dtype is not torch.bool:
+        return f"takes bool masks, not {attn_mask.dtype}"
+    if attn_mask.shape[2] != 1 and attn_mask.stride(2) != 0:
+        return "takes masks of keys only, the same for every query"
+    return None
+
+
+def _small(q: Tensor, widest: int) -> str | None:
+    capability = capability_of(q.device)
+    if q.shape[3] > widest and capability in _SMALL:
+        return f"takes head dims up to {widest} on sm_{capability}, not {q.shape[3]}"
+    return None
+
+
+def _supports(q, k, v, attn_mask, is_causal, scale, need_lse) -> str | None:
+    return _reason_against(q, attn_mask) or _small(q, 256)
+
+
+def _supports_backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale) -> str | None:
+    reason = _reason_against(q, attn_mask)
+    if reason is None and q.shape[3] > 256:
+        reason = f"has no backward for head dims above 256, such as {q.shape[3]}"
+    return reason or _small(q, 160)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """`x` if its rows are dense and begin at multiples of 16 bytes, else a contiguous copy."""
+    aligned = x.data_ptr() % 16 == 0 and all(
+        n == 1 or stride % 8 == 0 for n, stride in zip(x.shape[:3], x.stride())
+    )
+    return x if x.stride(3) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _result_like(x: Tensor) -> Tensor:
+    """An empty tensor of the layout of `x`, or where the kernels cannot write that, contiguous."""
+    result = torch.empty_like(x)
+    return result if _readable(result) is result else x.new_empty(x.shape)
+
+
+def key(direction: str, args: tuple) -> dict[str, str | int | bool]:
+    """What measurements are kept under. `few_keys`: of the kernel that holds them all."""
+    if direction == "forward":
+        q, k, _, attn_mask, is_causal = args[:5]
+    else:
+        q, k, attn_mask, is_causal = args[1], args[2], args[6], args[7]
+    return {
+        "head_dim": q.shape[3],
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "few_keys": k.shape[2] <= 128,
+        "mask": attn_mask is not None,
+        "causal": is_causal,
+    }
+
+
+def implementation() -> Implementation:
+    kernels = torch.ops.fastldm_cuda
+
+    def forward(q, k, v, attn_mask, is_causal, scale, need_lse):
+        out = _result_like(q)
+        lse = torch.empty(q.shape[:3] if need_lse else 0, dtype=torch.float32, device=q.device)
+        floats = kernels.attention_forward_workspace(q, k)
+        kernels.attention_forward(
+            _readable(q),
+            _readable(k),
+            _readable(v),
+            attn_mask,
+            is_causal,
+            1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
+            out,
+            lse if need_lse else None,
+            torch.empty(floats, dtype=torch.float32, device=q.device) if floats else None,
+        )
+        return in_layout_of(out, q), lse
+
+    def backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale):
+        grads = _result_like(q), _result_like(k), _result_like(v)
+        floats = kernels.attention_backward_workspace(q, k)
+        kernels.attention_backward(
+            _readable(grad_out),
+            _readable(q),
+            _readable(k),
+            _readable(v),
+            _readable(out),
+            lse.contiguous(),
+            attn_mask,
+            is_causal,
+            1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
+            *grads,
+            torch.empty(floats, dtype=torch.float32, device=q.device),
+        )
+        return tuple(in_layout_of(grad, x) for grad, x in zip(grads, (q, k, v)))
+
+    return Implementation(
+        forward=forward, backward=backward, supports=_supports, supports_backward=_supports_backward
+    )
