@@ -34,10 +34,10 @@ STATEMENT = (
     "pixels, and draws better after the same time."
 )
 
-_TURNS, _TURN_SECONDS = 4, 100
+_TURNS, _TURN_SECONDS = 4, 90
 _BATCH, _CALIBRATION_STEPS = 32, 12
-_PICTURES = 126
-_SAMPLED, _ROUNDS = 32, 5
+_PICTURES = 84
+_SAMPLED, _ROUNDS = 32, 4
 _SCALE = 2.0
 _COMMON = (
     f"batch_size={_BATCH}",
@@ -45,7 +45,7 @@ _COMMON = (
     "optimizer.schedule=constant",
     "optimizer.warmup_steps=100",
     "ema.decay=0.995",
-    "data.length=8000",
+    "data.length=4000",
     "checkpoint_every=1000000",
     "keep_checkpoints=1",
 )
