@@ -27,8 +27,10 @@ FINDING, PLOT, PICTURES = "finding.json", "plot.png", "pictures.png"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number: `quantity` under `setting`, its 95% interval, and from how many samples (pictures, "
-    "runs)."""
+    """One number: `quantity` under `setting`, its 95% interval, and from how many samples (pictures, runs).
+
+    `value` is None where nothing is known, and the interval then holds all that is possible.
+    """
 
     quantity: str
     setting: Mapping[str, str | float]
@@ -41,7 +43,8 @@ class Measurement:
         return cls(quantity, setting, score.accuracy, score.interval, score.total)
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.interval[0]:.3g} to {self.interval[1]:.3g})"
+        value = "unknown" if self.value is None else f"{self.value:.3g}"
+        return f"{value} ({self.interval[0]:.3g} to {self.interval[1]:.3g})"
 
 
 @dataclass

@@ -29,8 +29,7 @@ CLIP_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 @dataclass(frozen=True)
 class Arm:
-    """A kind of guidance: the pipeline's arguments for some pairs at a scale, and the scales that are "
-    "tried."""
+    """A kind of guidance: the pipeline's arguments for some pairs at a scale, and the scales to try."""
 
     name: str
     scales: Sequence[float]

@@ -44,6 +44,8 @@ NAME = "noised-clip"
 STATEMENT = "CLIP guidance needs a CLIP retrained on noised images."
 
 _NONE, _CLEAN, _PREDICTED, _NOISED = "none", "clean CLIP", "clean CLIP on x0", "noised CLIP"
+# What a noised CLIP must beat: the others, and no guidance, without which no guidance is needed either.
+_OTHERS = (_CLEAN, _PREDICTED, _NONE)
 _TIMESTEPS = (0, 200, 400, 600, 800)
 _READ = 252
 
@@ -66,12 +68,11 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
     ]
     outcomes, compared = compare(guided, arms, workspace)
     measurements += compared
-    gains = {name: difference(outcomes[_NOISED].score, outcomes[name].score) for name in (_CLEAN, _PREDICTED)}
+    gains = {name: difference(outcomes[_NOISED].score, outcomes[name].score) for name in _OTHERS}
     for name, (value, interval) in gains.items():
         measurements.append(
             Measurement("difference", {"to": name}, value, interval, MEASURED * len(SEEN_PAIRS))
         )
-    # Whether a CLIP that saw no noise can do as well in any way.
     verdicts = [judge(interval) for _, interval in gains.values()]
     holds = False if False in verdicts else None if None in verdicts else True
     percent = {name: f"{100 * outcome.score.accuracy:.1f}%" for name, outcome in outcomes.items()}
@@ -87,8 +88,8 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
         f"(scale {outcomes[_CLEAN].scale:g}), and to {percent[_PREDICTED]} where it reads the x0 that "
         f"the model "
         f"predicts (scale {outcomes[_PREDICTED].scale:g}); one that was trained on noised images to "
-        f"{percent[_NOISED]} (scale {outcomes[_NOISED].scale:g}). That is {points[_CLEAN]} to the first and "
-        f"{points[_PREDICTED]} to the second."
+        f"{percent[_NOISED]} (scale {outcomes[_NOISED].scale:g}). That is {points[_NONE]} to no guidance, "
+        f"{points[_CLEAN]} to the first CLIP and {points[_PREDICTED]} to the second."
     )
     about = settings(
         **{

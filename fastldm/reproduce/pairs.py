@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
 from fastldm.evaluation.shapes_grader import Grade, compare, grade
-from fastldm.evaluation.statistics import Score, bootstrap
+from fastldm.evaluation.statistics import Score, mean
 from fastldm.pictures import grid
 from fastldm.reproduce.workspace import Workspace
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
@@ -115,7 +114,8 @@ def diversity(samples: Sequence[Sample]) -> tuple[float | None, tuple[float, flo
     """The probability that two right pictures of one pair differ in size or place, and its 95% interval.
 
     Simpson's index without its bias (1949), the mean over pairs; what the caption leaves open is 1 - 1/8 =
-    0.875 where all eight combinations are equally likely. The interval comes from the spread over pairs;
+    0.875 where all eight combinations are equally likely. The interval comes from the spread over pairs.
+    Where every pair says the same, there is none, and the interval is Wilson's, of pictures taken two by two;
     with two right pictures of fewer than two pairs nothing is known, and the value is None.
     """
     cells: dict[Pair, list[int]] = {}
@@ -123,10 +123,15 @@ def diversity(samples: Sequence[Sample]) -> tuple[float | None, tuple[float, flo
         if s.right["all"] and None not in s.cell:
             size, place = s.cell
             cells.setdefault(s.pair, []).append(SIZES.index(size) * len(PLACES) + PLACES.index(place))
-    values = [_simpson(found) for found in cells.values() if len(found) > 1]
+    several = [found for found in cells.values() if len(found) > 1]
+    values = [_simpson(found) for found in several]
     if len(values) < 2:
         return None, (0.0, 1.0)
-    return bootstrap([values], np.mean)
+    value, (low, high) = mean(values)
+    if len(set(values)) == 1:
+        twos = sum(len(found) // 2 for found in several)
+        low, high = Score(round(value * twos), twos).interval
+    return value, (min(value, max(0.0, low)), max(value, min(1.0, high)))
 
 
 def _simpson(cells: Sequence[int]) -> float:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from fastldm.evaluation.statistics import Score, bootstrap, difference
+from fastldm.errors import InputError
+from fastldm.evaluation.statistics import Score, difference, mean, ratio
 
 
 @pytest.mark.parametrize(
@@ -36,16 +37,36 @@ def test_a_difference_covers_the_truth_in_about_95_percent_of_experiments():
     assert 0.914 <= hits / 600 <= 0.986
 
 
-def test_a_bootstrap_of_a_mean_has_the_width_of_its_standard_error():
-    values = np.random.default_rng(1).normal(3, 2, 400)
-    value, (low, high) = bootstrap([values], np.mean)
+@pytest.mark.parametrize(
+    ("count", "quantile"),
+    # Student's t at 97.5%, of published tables.
+    [(2, 12.706), (4, 3.182), (5, 2.776), (11, 2.228), (12, 2.201), (21, 2.086), (31, 2.042), (121, 1.980)],
+)
+def test_a_mean_has_the_interval_of_student(count, quantile):
+    values = np.random.default_rng(count).normal(3, 2, count)
+    value, (low, high) = mean(values)
+    error = values.std(ddof=1) / count**0.5
     assert value == pytest.approx(values.mean())
-    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.08)
-    assert low < value < high
+    # Half of the tables' last digit.
+    assert (high - low) / 2 / error == pytest.approx(quantile, abs=5e-4)
+    assert (high + low) / 2 == pytest.approx(value)
 
 
-def test_a_bootstrap_draws_each_sample_by_itself():
-    ratio, (low, high) = bootstrap([[8.0] * 5, [2.0, 4.0]], lambda a, b: a.mean() / b.mean())
-    assert ratio == pytest.approx(8 / 3)
-    assert (low, high) == (2.0, 4.0)
-    assert bootstrap([[1.0, 2.0]], np.median) == bootstrap([[1.0, 2.0]], np.median)
+@pytest.mark.parametrize("turns", [4, 5])
+def test_a_ratio_of_few_turns_covers_the_truth_in_about_95_percent_of_experiments(turns):
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(2000):
+        load = rng.normal(0, 0.3, turns)
+        ours, theirs = (np.exp(load + rng.normal(0, 0.05, turns)) * scale for scale in (3, 1))
+        value, (low, high) = ratio(ours, theirs)
+        assert low < value < high
+        hits += low <= 3 <= high
+    # 0.95 with four standard errors of 2000 draws to either side.
+    assert 0.930 <= hits / 2000 <= 0.970
+
+
+def test_one_measurement_has_no_interval():
+    with pytest.raises(InputError, match="two or more"):
+        mean([1.0])
+    with pytest.raises(InputError, match="two or more"):
+        ratio([1.0], [2.0])

@@ -140,6 +140,38 @@ def test_diversity_of_too_few_right_pictures_is_unknown():
     assert interval == (0.0, 1.0)
 
 
+def test_the_interval_of_diversity_covers_the_truth_in_about_95_percent_of_experiments(monkeypatch):
+    rng, hits = np.random.default_rng(0), 0
+    sample = drawn(("red", "circle"), "small", "top left", 0)
+    places = [(size, place) for size in SIZES for place in PLACES]
+    # A sample's picture need not be drawn: only its cell counts.
+    monkeypatch.setattr(pairs.Sample, "right", {"all": True})
+    monkeypatch.setattr(pairs.Sample, "cell", property(lambda s: places[s.picture]))
+    for _ in range(400):
+        cells = rng.integers(8, size=(3, 12))
+        samples = [pairs.Sample(i, cell, sample.shown) for i, row in enumerate(cells) for cell in row]
+        low, high = pairs.diversity(samples)[1]
+        hits += low <= 1 - 1 / 8 <= high
+    # 0.95 with four standard errors of 400 draws; the values' longer tail below costs another 2 points.
+    assert 0.886 <= hits / 400 <= 0.994
+
+
+def test_pairs_that_agree_by_chance_do_not_make_diversity_certain():
+    cells = [("small", "top left"), ("large", "bottom right")]
+    colours = [(colour, "circle") for colour in ("red", "blue", "green")]
+    samples = [drawn(pair, *cell, seed) for pair in colours for seed, cell in enumerate(cells)]
+    value, interval = pairs.diversity(samples)
+    assert value == 1
+    # Three comparisons of two.
+    assert interval == Score(3, 3).interval
+    assert interval[0] < 0.5
+
+
+def test_a_measurement_of_nothing_says_so():
+    assert str(Measurement("diversity", {}, None, (0.0, 1.0), 3)) == "unknown (0 to 1)"
+    assert str(Measurement.of_score("accuracy", Score(1, 2))).startswith("0.5 (0.0945")
+
+
 def test_captions_and_labels_of_a_pair():
     assert pairs.words(("red", "circle")) == "a red circle"
     assert len({pairs.label(pair) for pair in SEEN_PAIRS}) == len(SEEN_PAIRS)
