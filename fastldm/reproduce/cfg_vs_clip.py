@@ -45,12 +45,12 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
         )
         said[name] = f"{100 * outcome.score.accuracy:.1f}% at {even}"
     verdict = (
-        f"{says(holds)}. Colour and shape are both right in {said[_NONE]} of the pictures without guidance, "
-        f"in {said[_CLIP]} with CLIP guidance (scale {outcomes[_CLIP].scale:g}) and in {said[_FREE]} with "
-        f"classifier-free guidance (scale {outcomes[_FREE].scale:g}). Against CLIP guidance that is "
-        f"{100 * value:+.1f} points (95% interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f}). "
-        "Diversity is the probability that two right pictures of a caption differ in size or place; 0.875 "
-        "is even."
+        f"{says(holds)}. Colour and shape are both right in {said[_NONE]} of the pictures without "
+        f"guidance, in {said[_CLIP]} with CLIP guidance (scale {outcomes[_CLIP].scale:g}) and in "
+        f"{said[_FREE]} with classifier-free guidance (scale {outcomes[_FREE].scale:g}). Against CLIP "
+        f"guidance that is {100 * value:+.1f} points (95% interval {100 * interval[0]:.1f} to "
+        f"{100 * interval[1]:.1f}). Diversity is the probability that two right pictures of a caption "
+        "differ in size or place; 0.875 is even."
     )
     about = settings(
         **{

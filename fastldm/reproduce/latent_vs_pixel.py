@@ -101,14 +101,12 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
     low, high = gain_interval
     verdict = (
         f"{says(holds)}. In latents, training sees {_times(ratios['training'])} and sampling makes "
-        f"{_times(ratios['sampling'])} as many images a second as in pixels (published for LDM-4 "
-        f"against LDM-1: "
-        f"3.0 and 3.7). Training takes {_size(latent.memory)} against {_size(pixel.memory)}. "
-        f"After "
+        f"{_times(ratios['sampling'])} as many images a second as in pixels (published for LDM-4 against "
+        f"LDM-1: 3.0 and 3.7). Training takes {_size(latent.memory)} against {_size(pixel.memory)}. After "
         f"{latent.seconds / 60:.1f} and {pixel.seconds / 60:.1f} minutes on the same cores, colour and "
-        f"shape are "
-        f"both right in {100 * final[0].accuracy:.1f}% and {100 * final[1].accuracy:.1f}% of the pictures, a "
-        f"difference of {100 * gain:.1f} points (95% interval {100 * low:.1f} to {100 * high:.1f})."
+        f"shape are both right in {100 * final[0].accuracy:.1f}% and {100 * final[1].accuracy:.1f}% of the "
+        f"pictures, a difference of {100 * gain:.1f} points (95% interval {100 * low:.1f} to "
+        f"{100 * high:.1f})."
     )
     settings = {
         "turns": _TURNS,

@@ -82,14 +82,12 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
     }
     verdict = (
         f"{says(holds)}. A model that is not told the caption draws its colour and shape in "
-        f"{percent[_NONE]} of "
-        f"the pictures. A CLIP that knows clean images only brings that to {percent[_CLEAN]} where it "
-        f"reads x_t "
-        f"(scale {outcomes[_CLEAN].scale:g}), and to {percent[_PREDICTED]} where it reads the x0 that "
-        f"the model "
-        f"predicts (scale {outcomes[_PREDICTED].scale:g}); one that was trained on noised images to "
-        f"{percent[_NOISED]} (scale {outcomes[_NOISED].scale:g}). That is {points[_NONE]} to no guidance, "
-        f"{points[_CLEAN]} to the first CLIP and {points[_PREDICTED]} to the second."
+        f"{percent[_NONE]} of the pictures. A CLIP that knows clean images only brings that to "
+        f"{percent[_CLEAN]} where it reads x_t (scale {outcomes[_CLEAN].scale:g}), and to "
+        f"{percent[_PREDICTED]} where it reads the x0 that the model predicts (scale "
+        f"{outcomes[_PREDICTED].scale:g}); one that was trained on noised images to {percent[_NOISED]} "
+        f"(scale {outcomes[_NOISED].scale:g}). That is {points[_NONE]} to no guidance, {points[_CLEAN]} to "
+        f"the first CLIP and {points[_PREDICTED]} to the second."
     )
     about = settings(
         **{

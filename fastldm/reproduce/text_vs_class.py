@@ -71,12 +71,10 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
     percent = {key: f"{100 * score.accuracy:.1f}%" for key, score in scores.items()}
     verdict = (
         f"{says(holds)}. On pairs of colour and shape that were never shown, colour and shape are both "
-        f"right in "
-        f"{percent['text', 'held-out']} of the pictures with text and {percent['class', 'held-out']} "
-        f"with class "
-        f"labels: a difference of {100 * value:.1f} points (95% interval {100 * interval[0]:.1f} to "
-        f"{100 * interval[1]:.1f}). On pairs from the training data it is {percent['text', 'seen']} and "
-        f"{percent['class', 'seen']}."
+        f"right in {percent['text', 'held-out']} of the pictures with text and "
+        f"{percent['class', 'held-out']} with class labels: a difference of {100 * value:.1f} points (95% "
+        f"interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f}). On pairs from the training data it "
+        f"is {percent['text', 'seen']} and {percent['class', 'seen']}."
     )
     settings = {
         "pictures per model and set": _PICTURES,
