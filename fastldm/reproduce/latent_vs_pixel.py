@@ -34,7 +34,7 @@ STATEMENT = (
     "pixels, and draws better after the same time."
 )
 
-_TURNS, _TURN_SECONDS = 4, 75
+_TURNS, _TURN_SECONDS = 4, 60
 _BATCH, _CALIBRATION_STEPS = 32, 12
 _PICTURES = 84
 _SAMPLED, _ROUNDS = 32, 4
@@ -134,8 +134,7 @@ class _Run:
         self.step, self.seconds, self.rates = 0, 0.0, []
         self.peak_bytes = self.idle_bytes = 0
         self.samples: list[pairs.Sample] = []
-        timed = self._train_to(_CALIBRATION_STEPS)
-        self.rate = _CALIBRATION_STEPS * _BATCH / timed.seconds
+        self._train_to(_CALIBRATION_STEPS)
 
     @property
     def memory(self) -> float:
@@ -144,9 +143,8 @@ class _Run:
 
     def train(self, until: float) -> None:
         """Go on to about `until` seconds of training, by the rate so far."""
-        steps = math.ceil(max(1.0, until - self.seconds) * self.rate / _BATCH)
-        timed = self._train_to(self.step + steps)
-        self.rate = steps * _BATCH / timed.seconds
+        left = until - self.seconds - self.overhead
+        timed = self._train_to(self.step + max(2, math.ceil(left * self.rate / _BATCH)))
         self.rates.append(self.rate)
         self.pipeline = LatentDiffusionPipeline.from_pretrained(timed.model)
         self.parameters = sum(p.numel() for p in self.pipeline.unet.parameters())
@@ -167,7 +165,10 @@ class _Run:
         self.bar.set_description(f"training in {self.space}s to step {step}")
         timed = train_to(step, "pairs-text", self.overrides)
         self.bar.update()
-        self.step, self.seconds = step, self.seconds + timed.seconds
+        before, self.step = self.step, step
+        self.seconds += timed.seconds
+        self.rate = timed.rate
+        self.overhead = timed.seconds - (step - before) * _BATCH / timed.rate
         self.peak_bytes = max(self.peak_bytes, timed.peak_bytes)
         self.idle_bytes = timed.idle_bytes
         return timed

@@ -13,21 +13,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fastldm.errors import TrainingError
 
 
 @dataclass(frozen=True)
 class Timed:
-    """`seconds` of the training alone, start and export included; bytes held at most, and before it began."""
+    """`seconds` of the training, start and export included; `rate` in images a second of its steps alone;
+    bytes held at most, and before it began."""
 
     model: str
     seconds: float
+    rate: float
     peak_bytes: int
     idle_bytes: int
 
 
 def train_to(step: int, config: str, overrides: Sequence[str]) -> Timed:
-    """Train the latent diffusion run `config` with `overrides` on to `step`.
+    """Train the latent diffusion run `config` with `overrides` on to `step`, by two steps at least.
 
     Raises:
         TrainingError: the process failed; what it wrote last is the message.
@@ -54,10 +58,20 @@ def main(config: str, *overrides: str) -> None:
     from fastldm.training.latent_diffusion import LatentDiffusionTask
     from fastldm.training.loop import train
 
+    class Watched(LatentDiffusionTask):
+        """Notes when each step begins."""
+
+        def prepare(self, batch: dict, generator: torch.Generator) -> dict:
+            begun.append(time.perf_counter())
+            return super().prepare(batch, generator)
+
+    begun: list[float] = []
     settings = load_config(LatentDiffusionConfig, config, overrides)
     idle, start = memory("VmRSS"), time.perf_counter()
-    model = train(settings, lambda: LatentDiffusionTask(settings), resume=True, progress=False)
-    timed = Timed(str(model), time.perf_counter() - start, memory("VmHWM"), idle)
+    model = train(settings, lambda: Watched(settings), resume=True, progress=False)
+    seconds = time.perf_counter() - start
+    rate = settings.batch_size * (len(begun) - 1) / (begun[-1] - begun[0])
+    timed = Timed(str(model), seconds, rate, memory("VmHWM"), idle)
     print(json.dumps(timed.__dict__))
 
 

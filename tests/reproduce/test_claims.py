@@ -49,7 +49,7 @@ def hardly_trained(monkeypatch):
     monkeypatch.setattr(cfg_vs_clip, "_FREE_SCALES", (2.0,))
     monkeypatch.setattr(latent_vs_pixel, "_TURNS", 2)
     monkeypatch.setattr(latent_vs_pixel, "_TURN_SECONDS", 0)
-    monkeypatch.setattr(latent_vs_pixel, "_CALIBRATION_STEPS", 1)
+    monkeypatch.setattr(latent_vs_pixel, "_CALIBRATION_STEPS", 2)
     monkeypatch.setattr(latent_vs_pixel, "_PICTURES", 21)
     monkeypatch.setattr(latent_vs_pixel, "_ROUNDS", 2)
     monkeypatch.setattr(latent_vs_pixel, "_SAMPLED", 2)
