@@ -247,7 +247,7 @@ class NoiseSchedule:
         total, count = self.num_train_timesteps, num_inference_steps
         spacing = self.timestep_spacing if spacing is None else spacing
         offset = self.steps_offset if steps_offset is None else steps_offset
-        if not 1 <= count <= total:
+        if not isinstance(count, (int, np.integer)) or not 1 <= count <= total:
             raise InputError(
                 f"num_inference_steps={count}: the model was trained on {total} steps; use 1 to {total}"
             )

@@ -137,8 +137,11 @@ class ADMNetwork(Model):
                 f"model_channels={config.model_channels} times channel_mult={tuple(config.channel_mult)} "
                 f"gives the widths {widths}; each must be a multiple of {GROUPS}"
             )
-        if config.num_res_blocks < 1:
-            raise ConfigError(f"num_res_blocks={config.num_res_blocks}: use 1 or more")
+        for name in ("in_channels", "out_channels", "num_res_blocks"):
+            if config[name] < 1:
+                raise ConfigError(f"{name}={config[name]}: use 1 or more")
+        if not 0 <= config.dropout <= 1:
+            raise ConfigError(f"dropout={config.dropout}: use a probability, 0 to 1")
         factor = self._size_factor()
         if config.image_size < 1 or config.image_size % factor:
             raise ConfigError(
@@ -332,10 +335,10 @@ def resized(low_res: Tensor | None, sample: Tensor) -> Tensor:
     """The small picture at the size of the large one; `InputError` if there is none for each."""
     if low_res is None:
         raise InputError("low_res is missing: this model enlarges a picture")
-    if low_res.ndim != 4 or low_res.shape[:2] != sample.shape[:2]:
+    if low_res.ndim != 4 or low_res.shape[:2] != sample.shape[:2] or 0 in low_res.shape[2:]:
         raise InputError(
             f"low_res {tuple(low_res.shape)} for a sample {tuple(sample.shape)}; give one of the same batch "
-            "and channels, of any height and width"
+            "and channels, of any height and width from 1"
         )
     return F.interpolate(low_res, sample.shape[2:], mode="bilinear", align_corners=False)
 
@@ -351,10 +354,12 @@ def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def check_ids(name: str, ids: Tensor, count: int) -> None:
-    """`InputError` unless all ids are in 0..count-1.
+    """`InputError` unless the ids are int64 or int32, and all of them in 0..count-1.
 
-    Only on the CPU and outside torch.compile: to look at them on a GPU, each step would wait for it.
+    The latter is seen on the CPU outside torch.compile only: on a GPU each step would wait for it.
     """
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"{name} are {ids.dtype}; give int64")
     if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
         return
     low, high = int(ids.min()), int(ids.max())

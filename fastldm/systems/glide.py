@@ -32,6 +32,7 @@ from fastldm.systems.sampling import (
     check_sampler,
     evaluating,
     first_noise,
+    is_count,
     step_callback,
     with_defaults,
 )
@@ -82,6 +83,10 @@ class GlidePipeline:
         self.sampler, self.karras, self.upsampler_sampler = sampler, karras, upsampler_sampler
         self.defaults = with_defaults(DEFAULTS, defaults)
         _check_temperature(self.defaults["upsampler_temperature"], ConfigError)
+        if (steps := self.defaults["upsampler_steps"]) != FAST27 and not is_count(steps):
+            raise ConfigError(
+                f"the default upsampler_steps must be a whole number from 1, or {FAST27!r}, got {steps!r}"
+            )
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -304,10 +309,12 @@ class GlidePipeline:
         prompts = _captions("prompt", prompt)
         if not isinstance(low_res, Tensor):
             low_res = pictures_of("low_res", low_res)
-        if low_res.ndim != 4 or low_res.shape[:2] != (len(prompts), self.upsampler.shape[0]):
+        wanted = len(prompts), self.upsampler.shape[0]
+        fits = low_res.ndim == 4 and low_res.shape[:2] == wanted and 0 not in low_res.shape
+        if not fits or not low_res.is_floating_point():
             raise InputError(
-                f"low_res {tuple(low_res.shape)} for {len(prompts)} prompts: give "
-                f"({len(prompts)}, {self.upsampler.shape[0]}, h, w)"
+                f"low_res {tuple(low_res.shape)}, {low_res.dtype}, for {len(prompts)} prompts: give float "
+                f"({wanted[0]}, {wanted[1]}, h, w) in [-1, 1]"
             )
         enlarge = self._upsampling(prompts, 1, upsampler_steps, upsampler_temperature, upsampler_sampler)
         known = self._known(image, mask, len(prompts), 1)

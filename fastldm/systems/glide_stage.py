@@ -63,10 +63,19 @@ class GlideStage:
         Raises:
             InputError: for what the schedule or the sampler does not have.
         """
+        if sampler == "plms" and bool(self.schedule.alphas_cumprod[-1] == 0):
+            raise InputError(
+                "sampler 'plms' with a schedule that ends at zero SNR: it combines predicted noise, "
+                "which holds no picture there; use another sampler, such as 'ddim'"
+            )
         if not isinstance(steps, str):
             return noise_levels(self.schedule, sampler, steps, karras=karras)
         if steps != FAST27:
             raise InputError(f"steps={steps!r}: give a whole number, or {FAST27!r}")
+        if karras:
+            raise InputError(
+                f"karras=True with steps {FAST27!r}, which are timesteps of their own; use a number"
+            )
         timesteps = self.schedule.sections((10, 10, 3, 2, 2))
         # glide-text2im: DDIM makes artefacts from the noisiest ones.
         timesteps[0] = self.schedule.num_train_timesteps - 3

@@ -57,10 +57,10 @@ def read_known(image: Any, mask: Any, shape: tuple[int, int, int], sizes: Sequen
     channels, size, _ = shape
     if not isinstance(image, Tensor):
         image = pictures_of("image", image, size)
-    if image.shape[1:] != shape or len(image) not in (1, count):
+    if image.shape[1:] != shape or len(image) not in (1, count) or not image.is_floating_point():
         raise InputError(
-            f"image {tuple(image.shape)} for {count} prompts: give "
-            f"(1 or {count}, {channels}, {size}, {size}) in [-1, 1], or PIL images"
+            f"image {tuple(image.shape)}, {image.dtype}, for {count} prompts: give "
+            f"float (1 or {count}, {channels}, {size}, {size}) in [-1, 1], or PIL images"
         )
     return Known(image.float(), ~_to_paint(mask, size, sizes, count))
 

@@ -37,6 +37,10 @@ def is_scale(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
 def check_sampler(sampler: str, karras: bool) -> None:
     """ConfigError unless a model can have this sampler as its default."""
     if sampler not in SAMPLERS:
@@ -57,7 +61,7 @@ def with_defaults(known: Mapping[str, Any], given: Mapping[str, Any] | None) -> 
         raise ConfigError(f"unknown default(s) {', '.join(unknown)}; known: {', '.join(known)}")
     defaults = {**known, **(given or {})}
     steps, scale = defaults["num_inference_steps"], defaults["guidance_scale"]
-    if type(steps) is not int or steps < 1:
+    if not is_count(steps):
         raise ConfigError(f"the default num_inference_steps must be a whole number from 1, got {steps!r}")
     if not is_scale(scale):
         raise ConfigError(f"the default guidance_scale must be a finite number, got {scale!r}")
@@ -74,8 +78,8 @@ def check_call(output_type: str, sampler: str, eta: float, num_images_per_prompt
         raise InputError(f"sampler={sampler!r} is not offered; use one of {', '.join(SAMPLERS)}")
     if not 0 <= eta <= 1 or (eta and sampler != "ddim"):
         raise InputError(f"eta={eta} with sampler {sampler!r}: eta is 0 to 1 for 'ddim', and 0 for any other")
-    if num_images_per_prompt < 1:
-        raise InputError(f"num_images_per_prompt={num_images_per_prompt}: ask for at least one")
+    if not is_count(num_images_per_prompt):
+        raise InputError(f"num_images_per_prompt={num_images_per_prompt!r}: ask for a whole number from 1")
 
 
 def first_noise(

@@ -35,6 +35,20 @@ def test_guidance_is_the_formula_on_one_doubled_batch(scale):
     torch.testing.assert_close(guided, e_u + scale * (e_c - e_u), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [0.0, 2.5])
+def test_a_learned_variance_is_that_under_the_condition(scale):
+    def model(x, t, context):
+        return torch.cat([x + context, 7 * context.expand_as(x)], dim=1)
+
+    cond, null = ({"context": torch.randn(2, 3, 1, 1)} for _ in range(2))
+    x, t = torch.randn(2, 3, 4, 4), torch.tensor([7, 8])
+    prediction, v = classifier_free(model, cond, null, scale)(x, t).chunk(2, dim=1)
+    guided = (1 - scale) * null["context"] + scale * cond["context"]
+    # Rounding of float32, of values up to about 10.
+    torch.testing.assert_close(prediction, x + guided, atol=1e-5, rtol=0)
+    assert torch.equal(v, 7 * cond["context"].expand_as(x))
+
+
 def test_the_doubled_batch_is_unconditional_first():
     seen = []
 

@@ -90,6 +90,7 @@ def test_timesteps_take_another_spacing():
     [
         ({"num_inference_steps": 0}, "use 1 to 1000"),
         ({"num_inference_steps": 1001}, "use 1 to 1000"),
+        ({"num_inference_steps": 4.5}, "use 1 to 1000"),
         ({"num_inference_steps": 1000, "steps_offset": 1}, "steps_offset"),
         ({"num_inference_steps": 10, "spacing": "even"}, "leading, trailing, linspace"),
     ],

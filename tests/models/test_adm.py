@@ -230,6 +230,9 @@ def test_a_file_with_code_or_none_is_refused(tmp_path):
         ({"model_channels": 48}, "multiple of 32"),
         ({"channel_mult": ()}, "widths"),
         ({"num_res_blocks": 0}, "num_res_blocks=0"),
+        ({"in_channels": 0}, "in_channels=0"),
+        ({"out_channels": 0}, "out_channels=0"),
+        ({"dropout": 1.5}, "dropout=1.5"),
         ({"image_size": 17}, "multiple of 2"),
         ({"attention_resolutions": (8, 32)}, r"\[32\].*\[16, 8\]"),
         ({"num_head_channels": 24}, "num_head_channels=24"),
@@ -269,7 +272,14 @@ def test_unusable_inputs_are_refused(shape, timestep, given, said):
 
 @pytest.mark.parametrize(
     ("labels", "said"),
-    [(None, "missing"), ([0], r"\(1,\) for 2"), ([0, 7], "from 0 to 7.*0 to 6"), ([-1, 3], "from -1 to 3")],
+    [
+        (None, "missing"),
+        ([0], r"\(1,\) for 2"),
+        ([0, 7], "from 0 to 7.*0 to 6"),
+        ([-1, 3], "from -1 to 3"),
+        ([0.0, 1.0], "float32; give int64"),
+        ([True, False], "bool; give int64"),
+    ],
 )
 def test_unusable_labels_are_refused(labels, said):
     labels = None if labels is None else torch.tensor(labels)
@@ -277,7 +287,7 @@ def test_unusable_labels_are_refused(labels, said):
         build(num_classes=7)(torch.zeros(2, 3, 16, 16), 0, labels)
 
 
-@pytest.mark.parametrize("shape", [None, (1, 3, 8, 8), (2, 4, 8, 8), (3, 8, 8)])
+@pytest.mark.parametrize("shape", [None, (1, 3, 8, 8), (2, 4, 8, 8), (3, 8, 8), (2, 3, 0, 8)])
 def test_the_upsampler_refuses_a_picture_that_is_missing_or_does_not_fit(shape):
     low_res = None if shape is None else torch.zeros(shape)
     with pytest.raises(InputError, match="low_res"):

@@ -570,6 +570,10 @@ def test_parts_that_do_not_fit_are_named(build, said):
         ({"guidance_scale": float("nan")}, "guidance_scale=nan must be a finite number"),
         ({"num_inference_steps": 2000}, "use 1 to 1000"),
         ({"num_inference_steps": "fast"}, "steps='fast': give a whole number, or 'fast27'"),
+        ({"num_inference_steps": 4.5}, "num_inference_steps=4.5.*use 1 to 1000"),
+        ({"num_inference_steps": 4.5, "sampler": "unipc"}, "num_inference_steps=4.5.*use 1 to 999"),
+        ({"num_inference_steps": "fast27", "sampler": "euler", "karras": True}, "karras=True.*'fast27'"),
+        ({"num_images_per_prompt": 1.5}, "num_images_per_prompt=1.5: ask for a whole number from 1"),
         ({"upsampler_steps": 0}, "use 1 to 1000"),
         ({"upsampler_steps": "ddim"}, "give a whole number, or 'fast27'"),
         ({"upsampler_sampler": "ddimm"}, "upsampler_sampler='ddimm' is not offered"),
@@ -588,6 +592,7 @@ def test_parts_that_do_not_fit_are_named(build, said):
             r"mask \(1, 1, 12, 12\).*\(1 or 2, 1, 8, 8\) or \(1 or 2, 1, 16",
         ),
         ({"image": picture(), "mask": hole() / 2}, "values other than 0 and 1"),
+        ({"image": picture().to(torch.uint8), "mask": hole()}, "torch.uint8.*give float"),
         ({"image": picture(), "mask": [1]}, "mask must be a PIL image or a tensor"),
     ],
 )
@@ -601,3 +606,37 @@ def test_what_cannot_be_used_is_refused_before_sampling(inpainter, options, said
 def test_a_base_that_does_not_inpaint_is_refused(pipe):
     with pytest.raises(InputError, match="not trained to inpaint"):
         pipe.inpaint("a star", picture(), hole())
+
+
+@pytest.mark.parametrize("steps", [0, 2.5, True, "fast", None])
+def test_a_default_that_no_upsampler_can_use_is_refused(pipe, steps):
+    with pytest.raises(ConfigError, match="upsampler_steps must be a whole number from 1, or 'fast27'"):
+        GlidePipeline(TOKENIZER, pipe.base, defaults={"upsampler_steps": steps})
+
+
+@pytest.mark.parametrize("low_res", [torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 3, 0, 8)])
+def test_small_pictures_are_floating_and_not_empty(pipe, low_res):
+    with pytest.raises(InputError, match=r"low_res .*give float \(2, 3, h, w\)"):
+        pipe.upsample(PROMPTS, low_res, upsampler_steps=2, progress=False)
+
+
+def test_plms_is_refused_where_a_schedule_ends_in_noise_alone(pipe):
+    noise = {**UPSAMPLER_NOISE, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    zero = GlidePipeline(TOKENIZER, GlideStage(pipe.base.unet, NoiseSchedule(**noise)))
+    with pytest.raises(InputError, match=r"sampler 'plms' .*zero SNR.*such as 'ddim'"):
+        zero("a star", **{**CALL, "sampler": "plms"})
+    assert zero("a star", **{**CALL, "sampler": "ddim"}).images.isfinite().all()
+
+
+def test_pictures_stay_in_range_where_no_prediction_is_clipped(pipe):
+    noise = NoiseSchedule(**{**BASE_NOISE, "clip_sample": False})
+    free = GlidePipeline(TOKENIZER, GlideStage(pipe.base.unet, noise))
+    seen = {}
+    images = free(
+        "a star",
+        latents=3 * torch.randn(1, 3, 8, 8, generator=seeds(1)[0]),
+        callback_on_step_end=lambda pipe, i, t, values: seen.update(values),
+        **CALL,
+    ).images
+    assert seen["latents"].abs().max() > 1.5
+    assert torch.equal(images, seen["latents"].clamp(-1, 1))

@@ -273,7 +273,7 @@ def test_scale_from_batch_brings_latents_to_unit_deviation():
         ({"num_inference_steps": 0}, "use 1 to 1000"),
         ({"guidance_rescale": 2.0}, "between 0 and 1"),
         ({"negative_prompt": ["red", "circle"]}, "one per prompt"),
-        ({"num_images_per_prompt": 0}, "at least one"),
+        ({"num_images_per_prompt": 0}, "whole number from 1"),
         ({"eta": 1.5}, "eta is 0 to 1"),
         ({"eta": 0.5, "sampler": "ddpm"}, "0 for any other"),
         ({"sampler": "plmz"}, "ddim, ddpm, plms"),

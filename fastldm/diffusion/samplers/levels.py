@@ -125,7 +125,7 @@ def _interpolated(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
 
 def _without_the_last(schedule: NoiseSchedule, count: int, spacing: str) -> Tensor:
     total = schedule.num_train_timesteps
-    if not 1 <= count < total:
+    if not isinstance(count, (int, np.integer)) or not 1 <= count < total:
         raise InputError(
             f"num_inference_steps={count}: the model was trained on {total} steps; use 1 to {total - 1}"
         )
