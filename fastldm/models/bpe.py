@@ -92,7 +92,9 @@ def read_openai_merges(path: str | os.PathLike, most: int | None = None) -> list
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
     except (OSError, EOFError, ValueError) as error:
         raise CheckpointError(f"cannot read the merges in {path}: {error}") from error
-    lines = text.split("\n")[1:]
+    heading, *lines = text.split("\n")
+    if "#version" not in heading:
+        raise CheckpointError(f"{path} holds no merges: its first line is {heading:.40!r}, not #version: ...")
     return _parse_merges(lines if most is None else lines[:most], path)
 
 

@@ -22,7 +22,7 @@ from fastldm.models.glide import GlideUNet
 from fastldm.models.glide_tokenizer import GlideTokenizer
 from fastldm.systems import folders
 from fastldm.systems.glide_stage import BASE_NOISE, FAST27, UPSAMPLER_NOISE, GlideStage
-from fastldm.systems.guides import Guide
+from fastldm.systems.guides import Guide, check_gradient
 from fastldm.systems.inpainting import Known, pictures_of, read_known
 from fastldm.systems.sampling import (
     ImagePipelineOutput,
@@ -215,8 +215,8 @@ class GlidePipeline:
             )
         count = len(prompts) * num_images_per_prompt
         shape = (count, *self.base.shape)
-        if isinstance(gradient, Guide):
-            gradient.check(shape, None, self.base.schedule)
+        if gradient is not None:
+            check_gradient(gradient, shape, None, self.base.schedule, shape[0] // num_images_per_prompt)
         x = first_noise(shape, generator, latents, self.device)
         known = self._known(image, mask, len(prompts), num_images_per_prompt)
         enlarge = None
@@ -483,7 +483,7 @@ class GlidePipeline:
     @classmethod
     def from_openai(
         cls,
-        base: str | os.PathLike,
+        base: str | os.PathLike | None,
         upsampler: str | os.PathLike | None,
         vocabulary: str | os.PathLike,
         *,
@@ -495,7 +495,7 @@ class GlidePipeline:
         """From the files of glide-text2im, with the noise and the fields that were published with them.
 
         Args:
-            base, upsampler: `base.pt` and `upsample.pt`, or those for inpainting.
+            base, upsampler: `base.pt` and `upsample.pt`, or those for inpainting; None for neither.
             vocabulary: `vocab.bpe.gz` of glide-text2im, or `vocab.bpe` of GPT-2.
             inpaint: the files are `base_inpaint.pt` and `upsample_inpaint.pt`.
             torch_dtype: of the parameters; None = float32.
@@ -505,10 +505,16 @@ class GlidePipeline:
             CheckpointError: a file cannot be read, or its weights are not those of such a network.
             ConfigError: if the parts do not fit each other.
         """
+        if inpaint and not (base_config is None and upsampler_config is None):
+            raise ConfigError(
+                "inpaint=True chooses published fields; say it in your own by inpaint=True there"
+            )
         kind = "_inpaint" if inpaint else ""
+        base_fields = GLIDE[f"base{kind}"] if base_config is None else base_config
+        upsampler_fields = GLIDE[f"upsample{kind}"] if upsampler_config is None else upsampler_config
         wanted = {
-            "base": (base, base_config or GLIDE[f"base{kind}"], BASE_NOISE),
-            "upsampler": (upsampler, upsampler_config or GLIDE[f"upsample{kind}"], UPSAMPLER_NOISE),
+            "base": (base, base_fields, BASE_NOISE),
+            "upsampler": (upsampler, upsampler_fields, UPSAMPLER_NOISE),
         }
         stages = {
             name: GlideStage(
@@ -517,8 +523,13 @@ class GlidePipeline:
             for name, (path, config, noise) in wanted.items()
             if path is not None
         }
-        tokenizer = GlideTokenizer.from_openai(vocabulary, stages["base"].unet.config.text_ctx)
-        return cls(tokenizer, stages["base"], stages.get("upsampler"))
+        if not stages:
+            raise ConfigError(
+                "GLIDE needs the file of a base network, of an upsampler, or both; none is given"
+            )
+        window = next(iter(stages.values())).unet.config.text_ctx
+        tokenizer = GlideTokenizer.from_openai(vocabulary, window)
+        return cls(tokenizer, stages.get("base"), stages.get("upsampler"))
 
 
 def _captions(name: str, given: Any) -> list[str]:

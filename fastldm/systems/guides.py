@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,9 +59,12 @@ class GuideSpace:
         """
         own = None if self.latents is None else self.latents.scaling_factor
         if tuple(shape[1:]) != self.shape or (own is None) != (scaling is None):
+            on = "first_stage.path the pipeline's folder"
+            if scaling is None:
+                on = f"noised=true, data.size={shape[-1]} and the pipeline's schedule, without first_stage"
             raise InputError(
                 f"the guide was trained on {_kind(own)} {self.shape}, but this call diffuses "
-                f"{_kind(scaling)} {tuple(shape[1:])}; train one with first_stage.path the pipeline's folder"
+                f"{_kind(scaling)} {tuple(shape[1:])}; train one with {on}"
             )
         if own is not None and not math.isclose(own, scaling, rel_tol=1e-4):
             raise InputError(
@@ -122,18 +126,35 @@ class Guide:
         repeats = len(x) // len(self._conditions)
         return self._bind(self._conditions.repeat_interleave(repeats, dim=0))(x, t)
 
-    def check(self, shape: tuple[int, ...], scaling: float | None, schedule: NoiseSchedule) -> None:
-        """InputError unless it can guide such x, a batch (B, C, H, W). See `GuideSpace.check`."""
-        self._check_count(shape[0])
+    def check(
+        self, shape: tuple[int, ...], scaling: float | None, schedule: NoiseSchedule, prompts: int
+    ) -> None:
+        """InputError unless it can guide such x, a batch (B, C, H, W) of so many prompts. See
+        `GuideSpace.check`."""
+        if len(self._conditions) not in (1, prompts):
+            raise self._wrong_count(f"{prompts} prompts")
         self.space.check(shape, scaling, schedule)
 
     def _check_count(self, samples: int) -> None:
+        if len(self._conditions) == 0 or samples % len(self._conditions):
+            raise self._wrong_count(f"{samples} pictures")
+
+    def _wrong_count(self, what: str) -> InputError:
         given = len(self._conditions)
-        if given == 0 or samples % given:
-            raise InputError(
-                f"the guide has {given} captions or labels for {samples} pictures: give one, or one per "
-                "prompt"
-            )
+        return InputError(f"the guide has {given} captions or labels for {what}: give one, or one per prompt")
+
+
+def check_gradient(
+    gradient: Any, shape: tuple[int, ...], scaling: float | None, schedule: NoiseSchedule, prompts: int
+) -> None:
+    """InputError unless a pipeline's `gradient` is a Guide that fits (see `Guide.check`) or some function."""
+    if isinstance(gradient, Guide):
+        gradient.check(shape, scaling, schedule, prompts)
+    elif not callable(gradient):
+        raise InputError(
+            f"gradient is a {type(gradient).__name__}: give what CLIPScorer.gradient(captions) or "
+            "ClassifierGuide.gradient(labels) returns, or a function (x, t) -> gradient at x"
+        )
 
 
 def _kind(scaling: float | None) -> str:

@@ -34,7 +34,7 @@ from fastldm.models.unet import UNet2DConditionModel
 from fastldm.models.vq_model import VQModel
 from fastldm.models.weights import read_json
 from fastldm.systems import folders
-from fastldm.systems.guides import Guide
+from fastldm.systems.guides import Guide, check_gradient
 from fastldm.systems.sampling import (
     ImagePipelineOutput,
     StepCallback,
@@ -178,7 +178,17 @@ class LatentDiffusionPipeline:
         """Pictures (B, 3, H, W) in [-1, 1] to scaled latents, float32 (B, C, H / factor, W / factor).
 
         A KL first stage draws from its Gaussian with `generator`; a VQ one gives latents before quantisation.
+
+        Raises:
+            InputError: for anything else.
         """
+        if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+            given = (
+                f"{images.dtype} {tuple(images.shape)}"
+                if isinstance(images, Tensor)
+                else type(images).__name__
+            )
+            raise InputError(f"images are {given}: give a float tensor (B, 3, H, W) in [-1, 1]")
         self._check_size(*images.shape[-2:])
         output = self.first_stage.encode(images.to(self.device, self.dtype))
         if isinstance(self.first_stage, AutoencoderKL):
@@ -292,8 +302,9 @@ class LatentDiffusionPipeline:
                 self.latent_channels,
                 *self._latent_size(height, width, conditioning.concat),
             )
-            if isinstance(gradient, Guide):
-                gradient.check(shape, self.latent_scaling, self.schedule)
+            if gradient is not None:
+                prompts = len(condition) // num_images_per_prompt
+                check_gradient(gradient, shape, self.latent_scaling, self.schedule, prompts)
             x = walk_down(
                 sampler,
                 denoiser,

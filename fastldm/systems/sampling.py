@@ -115,6 +115,7 @@ def walk_down(
     and 2).
     """
     # DDPM has a mean to move; for any other sampler guidance is a change of the noise.
+    gradient = None if gradient is None else _of_the_shape_of_x(gradient)
     by_mean = gradient is not None and sampler == "ddpm"
     if gradient is not None and not by_mean:
         denoiser = gradient_guided(denoiser, gradient, gradient_scale, schedule)
@@ -165,3 +166,16 @@ def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for network in training:
             network.train()
+
+
+def _of_the_shape_of_x(gradient: Gradient) -> Gradient:
+    """The same gradient, which may not be broadcast."""
+
+    def checked(x: Tensor, t: Tensor) -> Tensor:
+        found = gradient(x, t)
+        if not isinstance(found, Tensor) or found.shape != x.shape:
+            given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"the gradient is {given} at x {tuple(x.shape)}: it must have the shape of x")
+        return found
+
+    return checked

@@ -184,6 +184,9 @@ def test_what_cannot_be_used_is_refused(ours, tmp_path):
         GlideTokenizer.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="absent"):
         GlideTokenizer.from_openai(tmp_path / "absent.bpe")
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    with pytest.raises(CheckpointError, match="holds no merges: its first line"):
+        GlideTokenizer.from_openai(tmp_path / "vocab.json")
     words = {"model": {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": {}, "merges": []}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(words))
     with pytest.raises(CheckpointError, match="end_of_word_suffix None"):

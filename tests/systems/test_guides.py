@@ -152,7 +152,7 @@ def test_a_guide_of_something_else_is_refused_before_sampling(pipeline):
         (guide(pipe, latents=Latents(2 * pipe.scaling_factor)), "another first stage"),
         (guide(pipe, schedule=cosine), "another schedule"),
         (guide(pipe, schedule=NoiseSchedule.scaled_linear(500)), "another schedule"),
-        (guide(pipe, (0, 1)), "2 captions or labels for 1 pictures"),
+        (guide(pipe, (0, 1)), "2 captions or labels for 1 prompts"),
         (guide(pipe, ()), "0 captions or labels"),
     ]
     evaluated = []
@@ -233,3 +233,28 @@ def test_a_guide_of_pictures_guides_pixels_and_no_latents(pixels):
         scaled("a star", gradient=guide(scaled, **of_pictures), **CALL)
     with pytest.raises(InputError, match=r"trained on latents \(3, 16, 16\).* diffuses pictures"):
         pixels("a star", gradient=guide(pixels, shape=(3, 16, 16), latents=Latents(1.0)), **CALL)
+
+
+@pytest.mark.parametrize(
+    ("labels", "prompts", "pictures"), [((0, 1), 4, 1), ((0, 1), 1, 2), ((0, 1, 0), 2, 3)]
+)
+def test_a_guide_has_one_condition_or_one_per_prompt(pipeline, labels, prompts, pictures):
+    pipe = pipeline()
+    with pytest.raises(InputError, match=rf"{len(labels)} captions or labels for {prompts} prompts"):
+        pipe(["a star"] * prompts, num_images_per_prompt=pictures, gradient=guide(pipe, labels), **CALL)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_gradient_is_a_function_whose_value_has_the_shape_of_x(pipeline, sampler):
+    pipe = pipeline()
+    with pytest.raises(InputError, match=r"gradient is a str: give what CLIPScorer\.gradient"):
+        pipe("a star", gradient="a star", sampler=sampler, **CALL)
+    for wrong in (lambda x, t: x[:1, :1], lambda x, t: torch.ones(1), lambda x, t: 1.0):
+        with pytest.raises(InputError, match="must have the shape of x"):
+            pipe(["a star"] * 2, gradient=wrong, sampler=sampler, **CALL)
+
+
+@pytest.mark.parametrize("images", ["a star", torch.zeros(3, 64, 64), torch.zeros(1, 3, 64, 64).byte()])
+def test_what_is_no_picture_is_not_encoded(pipeline, images):
+    with pytest.raises(InputError, match="give a float tensor"):
+        pipeline().encode(images)
