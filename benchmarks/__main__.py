@@ -28,6 +28,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+_TUNED = ("triton", "cuda")
 _SEVERAL = {"nargs": "+", "default": [], "metavar": "NAME"}
 
 
@@ -67,9 +68,14 @@ def _parser() -> argparse.ArgumentParser:
         help="use what is compiled, instead of running `fastldm build` for both",
     )
     tune = commands.add_parser(
-        "tune", allow_abbrev=False, help="time the configurations of the Triton kernels, write their tables"
+        "tune",
+        allow_abbrev=False,
+        help="write tables: the best configurations of the Triton kernels, where CUDA C++ is the fastest",
     )
     _add_cases(tune)
+    tune.add_argument(
+        "--backend", nargs="+", choices=_TUNED, help="whose tables (default: of those that run here)"
+    )
     tune.add_argument("--out", type=Path, metavar="FOLDER", help="of the tables (default: their place)")
     tune.set_defaults(group="ops", provider=[], threads=None)
     plot = commands.add_parser("plot", allow_abbrev=False, help="PNG bar plots of results, one per operation")
@@ -159,11 +165,17 @@ def _tune(arguments: argparse.Namespace) -> int:
     cases, selection = _select(arguments)
     if not selection.device.startswith("cuda"):
         raise InputError(
-            "tune times the Triton kernels, which needs a CUDA GPU; the C++ kernels have no tables to write"
+            "tune times the Triton and CUDA kernels, which needs a CUDA GPU; the C++ kernels of the CPU have "
+            "no tables to write"
         )
-    from benchmarks import tune
+    from benchmarks import tune, tune_cuda
+    from fastldm.testing import live_backends
 
-    return tune.run(cases, arguments.out)
+    live = live_backends(cases[0].op)
+    # Triton first: CUDA C++ has to beat its best.
+    for name in arguments.backend or [name for name in _TUNED if name in live]:
+        {"triton": tune, "cuda": tune_cuda}[name].run(cases, arguments.out)
+    return 0
 
 
 def _plot(arguments: argparse.Namespace) -> int:

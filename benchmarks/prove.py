@@ -7,6 +7,7 @@ each part, `<part>.log` what it printed, and the measurements have files of thei
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -23,7 +24,8 @@ from fastldm.errors import InputError
 from fastldm.io import atomic_write
 
 _LIMIT = 520.0  # seconds of one part
-_LAYERS = {"attention": "attention", "group_norm": "group_norm", "vq": "vq_nearest"}
+# What stands together in one folder of kernels and one file of tests.
+_OPS = {"attention": ("attention",), "group_norm": ("group_norm",), "vq": ("vq_nearest", "vq_ema_update")}
 
 
 @dataclass(frozen=True)
@@ -58,49 +60,56 @@ def parts(names: Sequence[str] = ()) -> list[Part]:
 
 
 def _tests() -> list[Part]:
+    """A part of the CUDA C++ kernels fails where they are not built: no test is left."""
     quiet = ("-q", "-p", "no:cacheprovider")
+    on_gpu = (*quiet, "--device", "cuda")
     return [
+        Part("build-cuda", "fastldm", ("build", "--cuda")),
         *(
             Part(f"kernels-{word}", "pytest", (*quiet, "-m", "gpu", f"tests/kernels/test_{word}.py"))
-            for word in _LAYERS
+            for word in _OPS
         ),
         *(
-            Part(f"ops-{word}", "pytest", (*quiet, "--device", "cuda", f"tests/ops/test_{word}.py"))
-            for word in _LAYERS
+            Part(f"ops-{word}", "pytest", (*on_gpu, "-k", "not cuda", f"tests/ops/test_{word}.py"))
+            for word in _OPS
         ),
+        Part("kernels-cuda", "pytest", (*quiet, "-m", "gpu", "tests/cuda")),
+        *(
+            Part(f"ops-{word}-cuda", "pytest", (*on_gpu, "-k", "cuda", f"tests/ops/test_{word}.py"))
+            for word in _OPS
+        ),
+        Part("contract", "pytest", (*on_gpu, "-k", "triton or cuda", "tests/ops/test_contract.py")),
     ]
 
 
 def _sanitizer() -> list[Part]:
     """On the small shapes of tests/ops, every instruction being watched."""
     found = []
-    for check in ("memcheck", "racecheck"):
+    for backend, check in itertools.product(("triton", "cuda"), ("memcheck", "racecheck", "synccheck")):
         tool = ("compute-sanitizer", "--tool", check, "--error-exitcode", "1")
-        arguments = (
-            "-q",
-            "-x",
-            "--device",
-            "cuda",
-            "-k",
-            "triton and (shapes or argmin or ema)",
-            "tests/ops",
-        )
-        found.append(Part(f"sanitizer-{check}", "pytest", arguments, tool))
+        chosen = f"{backend} and (shapes or argmin or ema)"
+        arguments = ("-q", "-x", "--device", "cuda", "-k", chosen, "tests/ops")
+        found.append(Part(f"sanitizer-{backend}-{check}", "pytest", arguments, tool))
     return found
 
 
 def _measurements(suffix: str) -> list[Part]:
     found = []
-    for word, op in _LAYERS.items():
-        for dtype in ("bfloat16",) if op != "vq_nearest" else ("float32",):
-            name = f"{word}-{dtype}{suffix}"
-            arguments = ("run", "ops", "--device", "cuda", "--op", op, "--dtype", dtype, "--rounds", "7")
-            found.append(Part(name, "benchmarks", arguments, out=f"{name}.json"))
+    for word, ops in _OPS.items():
+        dtype = "float32" if word == "vq" else "bfloat16"
+        name = f"{word}-{dtype}{suffix}"
+        arguments = ("run", "ops", "--device", "cuda", "--op", *ops, "--dtype", dtype, "--rounds", "7")
+        found.append(Part(name, "benchmarks", arguments, out=f"{name}.json"))
     return found
 
 
 def _tuning() -> list[Part]:
-    return [Part(f"tune-{word}", "benchmarks", ("tune", "--op", op)) for word, op in _LAYERS.items()]
+    """Triton's configurations first, as CUDA C++ has to beat the best of them."""
+    return [
+        Part(f"tune-{backend}-{word}", "benchmarks", ("tune", "--backend", backend, "--op", *ops))
+        for backend in ("triton", "cuda")
+        for word, ops in _OPS.items()
+    ]
 
 
 def _models() -> list[Part]:

@@ -11,23 +11,30 @@ from pathlib import Path
 import torch
 
 from benchmarks.registry import Case, Function, Problem, Provider
-from fastldm import ops
-from fastldm.testing import live_backends
+from fastldm import dispatch, ops
 
 AUTO = "fastldm-auto"
 
 
 def ours(op: str, function: Callable[[Problem, Function], Function]) -> list[Provider]:
-    """fastldm's operation `op` with "auto" and on every live backend but the reference, which is the truth.
+    """fastldm's operation `op` with "auto" and on every backend but the reference, which is the truth.
 
-    `function` makes a provider's function of the operation with its backend chosen.
+    One that is not live here refuses, with its reason. `function` makes a provider's function of the
+    operation with its backend chosen.
     """
-    names = ["auto", *(name for name in live_backends(op) if name != "reference")]
+    names = ["auto", *(name for name in dispatch.BACKENDS if name != "reference")]
 
     def build(name: str, problem: Problem) -> Function:
         return function(problem, partial(getattr(ops, op), backend=name))
 
-    return [Provider(f"fastldm-{name}", partial(build, name), ours=True) for name in names]
+    def refuse(name: str, case: Case) -> str | None:
+        found = None if name == "auto" else dispatch.find(name, op)
+        return found if isinstance(found, str) else None
+
+    return [
+        Provider(f"fastldm-{name}", partial(build, name), ours=True, refuse=partial(refuse, name))
+        for name in names
+    ]
 
 
 def installed(*modules: str) -> Callable[[Case], str | None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -44,20 +44,19 @@ def run(cases: Sequence[Case], folder: Path | None = None) -> int:
             best = min(times, key=times.__getitem__)
             print(f"{case} {kernel}: {report.duration(times[best])} by {best}, of {len(times)}", flush=True)
         _write(found, torch.device(cases[0].device), folder)
+    tables.entries.cache_clear()
     return 0
 
 
 def tune_case(case: Case) -> dict[tuple[str, str, tuple], Times]:
     """Seconds of every candidate of every kernel that the case runs; {(op, kernel, frozen key): Times}."""
     op = registry.find(case.op)
-    providers = registry.providers(op, [_PROVIDER])
-    if not providers:
-        raise InputError("the Triton kernels do not run here: tune needs a CUDA GPU (see `fastldm env`)")
+    (provider,) = registry.providers(op, [_PROVIDER])
     with torch.set_grad_enabled(case.direction != "forward"):
         problem = op.problem(case)
         judge = op.judge(problem)
         with tables.watching() as choices:
-            first = prepare(problem, providers[0], judge)
+            first = prepare(problem, provider, judge)
         if first.run is None or first.verdict.fault:
             raise InputError(f"{case}: {first.refused or first.verdict.fault}")
         found = {}
@@ -66,7 +65,7 @@ def tune_case(case: Case) -> dict[tuple[str, str, tuple], Times]:
             if key not in found:
                 candidates = dict.fromkeys((choice.chosen, *choice.candidates))
                 timed = {
-                    config: _time(lambda: prepare(problem, providers[0], judge), case, choice, config)
+                    config: _time(lambda: prepare(problem, provider, judge), case, choice, config)
                     for config in candidates
                 }
                 found[key] = {config: seconds for config, seconds in timed.items() if seconds is not None}
@@ -84,11 +83,14 @@ def _time(prepared: Callable, case: Case, choice: tables.Choice, config: tuple) 
         return timing.statistics_of([sample(loops) / loops for _ in range(_SAMPLES)]).median
 
 
-def best_of(cases: Sequence[Times]) -> tuple:
-    """The configuration that is best over all cases, of those that every case can run."""
+def best_of(cases: Sequence[Mapping[Hashable, float]]) -> Hashable:
+    """The configuration that is best over all cases, of those that every case can run.
+
+    `cases`: {configuration: seconds of one call} of each.
+    """
     common = set.intersection(*(set(times) for times in cases))
 
-    def cost(config: tuple) -> float:
+    def cost(config: Hashable) -> float:
         return sum(math.log(times[config] / min(times.values())) for times in cases)
 
     # In the order of the candidates, so that the heuristic's choice wins a tie.

@@ -34,8 +34,8 @@ PROVEN = {
     "cpu": "rung 2 of 6: against the reference on every instruction set",
     "triton": "rungs 3 and 4 of 6: against the reference in Triton's interpreter, and compiled for six GPUs; "
     "no GPU has run it",
-    "cuda": "the primitives: rung 5 of 6, compiled for sm_80 and sm_90a and run on the CPU; no GPU has run "
-    "them. Kernels: not written",
+    "cuda": "rung 5 of 6: compiled for sm_80, sm_90a and PTX within limits of registers, and the source run "
+    "on the CPU against the reference; no GPU has run it",
 }
 
 

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from benchmarks import prove
-from benchmarks.__main__ import main
+from benchmarks.__main__ import _parser, main
 from benchmarks.prove import Part
+from fastldm.dispatch import OPS
 
 PYTHON = ("-n", "1", "-r", "1")
 GOOD = Part("good", "timeit", (*PYTHON, "print('a line')"))
@@ -55,10 +56,26 @@ def test_every_part_names_files_and_options_that_exist():
     assert [part.name for part in prove.parts(["ops-vq"])] == ["ops-vq"]
 
 
+def test_the_cuda_kernels_are_built_first_and_in_every_kind_of_part():
+    """Their tests alone, so that kernels that are not built fail rather than go missing."""
+    parts = {part.name: part for part in prove.parts()}
+    assert next(iter(parts)) == "build-cuda"
+    for word in ("attention", "group_norm", "vq"):
+        assert parts[f"ops-{word}-cuda"].arguments[-3:] == ("-k", "cuda", f"tests/ops/test_{word}.py")
+        assert "not cuda" in parts[f"ops-{word}"].arguments
+        assert list(parts).index(f"tune-triton-{word}") < list(parts).index(f"tune-cuda-{word}")
+    assert "cuda and" in " ".join(parts["sanitizer-cuda-memcheck"].arguments)
+    tuned = {name for part in parts.values() if part.name.startswith("tune-cuda") for name in part.arguments}
+    assert tuned >= set(OPS)
+    for part in parts.values():
+        if part.module == "benchmarks":
+            _parser().parse_args(part.arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--part", "everything"], "unknown part 'everything'; use one of: kernels-attention"),
+        (["--part", "everything"], "unknown part 'everything'; use one of: build-cuda, kernels-attention"),
         ([], "needs a CUDA GPU"),
     ],
 )

@@ -113,7 +113,8 @@ def _compile(driver: str, folder: Path, sources: Path, flags: tuple[str, ...]) -
             partial = machine_object.with_suffix(".partial")
             _run(*command, *include, "-O2", "-c", str(sources / "cuda/shim/machine.cpp"), "-o", str(partial))
             partial.replace(machine_object)
-    with FileLock(folder / "build.lock"):
+    # Of each driver its own: workers compile side by side.
+    with FileLock(output.with_suffix(".lock")):
         if not output.is_file():
             kernels, partial = output.with_suffix(".o"), output.with_suffix(".partial")
             _run(*command, *include, *flags, "-c", str(DRIVERS / f"{driver}.cpp"), "-o", str(kernels))

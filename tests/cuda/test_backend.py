@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 
 import pytest
@@ -13,7 +14,9 @@ from fastldm import dispatch, ops
 from fastldm.errors import UnsupportedError
 from fastldm.implementation import Implementation
 from fastldm.native import cuda
-from fastldm.native.cuda import support, tables
+from fastldm.native.cuda import attention as cuda_attention
+from fastldm.native.cuda import group_norm, support, tables, vq
+from tests.cuda.contract import REFUSALS, refused_by_contract
 
 X = torch.randn(1, 4, 8, 8)
 
@@ -108,3 +111,67 @@ def test_refusals(monkeypatch):
 
 def test_the_table_of_every_operation_is_read(kernels):
     assert set(cuda._OPS) == set(dispatch.OPS)
+
+
+def messages_of(op, *reasons):
+    return [f"backend 'cuda' cannot run {op} backward: {r}; use backend='auto'" for r in reasons]
+
+
+def test_tests_of_every_backend_know_what_is_refused_by_contract(monkeypatch):
+    """`contract.py` has the reasons that the implementations give, and no others."""
+    for module in (support, cuda_attention):
+        monkeypatch.setattr(module, "capability_of", lambda device: 89)
+
+    def on_gpu(*shape, dtype=torch.float16):
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        return types.SimpleNamespace(
+            shape=x.shape, dtype=dtype, device=torch.device("cuda", 0), stride=x.stride, numel=x.numel
+        )
+
+    implementation = cuda_attention.implementation()
+
+    def attention(direction, dtype=torch.float16, head_dim=64, mask=None):
+        q = on_gpu(1, 1, 4, head_dim, dtype=dtype)
+        if direction == "forward":
+            return implementation.supports(q, q, q, mask, False, None, True)
+        return implementation.supports_backward(q, q, q, q, q, None, mask, False, None)
+
+    rest = (None, None, 1e-5, None, None, None, None)
+    wide, many = on_gpu(1, 5000), on_gpu(2**28 + 1, 1)
+    nearest, sums = vq.nearest_implementation().supports, vq.ema_update_implementation().supports
+    found = {
+        "attention": [
+            attention("forward", torch.float32),
+            attention("forward", torch.float64),
+            attention("forward", mask=torch.zeros(1, 1, 1, 4)),
+            attention("forward", mask=torch.ones(1, 1, 4, 4, dtype=torch.bool)),
+            attention("forward", head_dim=512),
+            attention("backward", head_dim=512),
+        ],
+        "group_norm": [
+            group_norm.supports(on_gpu(2, 4096, 8), 1, *rest),
+            group_norm.supports(on_gpu(1, 1, 2**30 + 1), 1, *rest),
+            group_norm.supports(on_gpu(2**20, 128, 1), 128, *rest),
+        ],
+        "vq_nearest": [nearest(wide, wide), nearest(on_gpu(1, 1), many)],
+        "vq_ema_update": [sums(wide, None, 2**28 + 1)],
+    }
+    for op, reasons in found.items():
+        for reason, message in zip(reasons, messages_of(op, *reasons)):
+            assert refused_by_contract(message) == reason
+        for pattern in REFUSALS[op]:
+            assert any(re.match(pattern, reason) for reason in reasons), pattern
+    others = "the CUDA kernels are not built; run `fastldm build`", "needs a GPU of capability 8.0, not 7.5"
+    assert not any(map(refused_by_contract, messages_of("attention", *others)))
+    assert refused_by_contract(messages_of("vq_nearest", found["attention"][0])[0]) is None
+
+
+@pytest.mark.parametrize(("reason", "outcome"), [("takes bool masks, not x", "skipped"), ("needs", "failed")])
+def test_only_what_is_refused_by_contract_is_skipped(reason, outcome):
+    from tests.ops.conftest import pytest_pyfunc_call
+
+    error = UnsupportedError(messages_of("attention", reason)[0])
+    calling = pytest_pyfunc_call(None)
+    next(calling)
+    with pytest.raises(pytest.skip.Exception if outcome == "skipped" else UnsupportedError, match=reason):
+        calling.throw(error)

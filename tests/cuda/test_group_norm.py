@@ -20,7 +20,7 @@ from fastldm.native.library import load_cuda
 from fastldm.reference.group_norm import group_norm as reference
 from fastldm.testing import assert_as_accurate, plain_group_norm, poisoned_memory
 from fastldm.testing.inputs import group_norm_inputs
-from fastldm.testing.shapes import GroupNormShape
+from fastldm.testing.shapes import GROUP_NORM_LAYERS, GroupNormShape
 from tests.cuda.shim import ShimError
 
 PARAMETERS = ("weight", "bias", "channel_bias", "scale", "shift")
@@ -509,3 +509,27 @@ def test_broken_kernels_are_seen(broken_shim, name):
         way, num_groups = Way(0, chunks=2, tile=2) if "tile" in name else Way(4), 1
     with pytest.raises(AssertionError, match=message):
         check(Kernels(lambda driver: broken, way), inputs, num_groups)
+
+
+class OnTheGpu(Kernels):
+    """Called by nobody's choice but the plan's."""
+
+    def __init__(self):
+        load_cuda()
+        found = cuda.implementation()
+        self.forward, self.backward = found.forward, found.backward
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", GROUP_NORM_LAYERS)
+def test_layers_on_the_gpu(name, layout, dtype):
+    """At their own size; the same bits again."""
+    shape = GROUP_NORM_LAYERS[name]
+    made = {name: x.cuda() for name, x in group_norm_inputs(shape, dtype, layout=layout).items()}
+    for given in (("weight", "bias", "channel_bias"), ("weight", "bias", "scale", "shift")):
+        inputs = some(made, *given)
+        first = check(OnTheGpu(), inputs, shape.num_groups)
+        again = OnTheGpu().both(inputs, shape.num_groups)
+        assert all(torch.equal(first[result], again[result]) for result in first)

@@ -19,7 +19,7 @@ from fastldm.native.cuda import vq
 from fastldm.reference import vq as reference
 from fastldm.testing import assert_as_accurate, poisoned_memory
 from fastldm.testing.inputs import VQ_KINDS, vq_inputs
-from fastldm.testing.shapes import VQShape
+from fastldm.testing.shapes import VQ_LAYERS, VQShape
 from tests.cuda.shim import ShimError
 from tests.kernels.test_vq import (
     cut_off_by_tensor_cores,
@@ -507,3 +507,36 @@ def test_keys_and_refusals():
     assert "4096 dimensions" in nearest_supports(wide, wide)
     assert "2^28 codes" in nearest_supports(many[:1], many)
     assert "2^28 codes" in sums_support(z, indices, 1 << 29)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", VQ_KINDS)
+@pytest.mark.parametrize("name", [name for name in VQ_LAYERS if name.endswith(("-4096", "-65536"))])
+def test_layers_on_the_gpu(name, kind):
+    """At their own size; the same bits again."""
+    rows, shape = VQ_LAYERS[name]
+    for dtype in DTYPES:
+        z, codebook = (x.cuda() for x in vq_inputs(rows, shape, dtype, kind=kind))
+
+        def compute(z=z, codebook=codebook):
+            with poisoned_memory():
+                indices = ops.vq_nearest(z, codebook, backend="cuda")
+                return indices, *ops.vq_ema_update(z, indices, len(codebook), backend="cuda")
+
+        indices, counts, sums = results = compute()
+        assert all(torch.equal(a, b) for a, b in zip(results, compute()))
+        some = torch.arange(0, rows, max(1, rows // 2048), device=z.device)
+        assert torch.equal(indices[some], reference.vq_nearest(z[some], codebook))
+        exact_counts, exact_sums = reference.vq_ema_update(z, indices, len(codebook))
+        assert torch.equal(counts, exact_counts)
+        plain = torch.zeros_like(sums).index_add_(0, indices, z.float())
+        assert_as_accurate(sums, exact_sums, plain, "sums", terms=max(1, int(counts.max())))
+
+
+@pytest.mark.gpu
+def test_near_ties_on_the_gpu():
+    """Real tensor cores, and float64 that must not be fused."""
+    hard = [shuffled(*order_of_addition()), cut_off_by_tensor_cores(), wrong_in_float32()]
+    for z, codebook in itertools.chain(hard, *map(near_ties, (3, 16, 17, 64, 256))):
+        found = ops.vq_nearest(z.cuda(), codebook.cuda(), backend="cuda")
+        assert torch.equal(found.cpu(), reference.vq_nearest(z, codebook))

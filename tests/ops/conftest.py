@@ -2,6 +2,8 @@
 
 Inputs are moved there as they lie in memory, strides and gaps included; results and gradients come back.
 `--device copy` does the same on the CPU, to test that.
+
+What the `cuda` backend refuses by contract is skipped with its reason, any other refusal is a failure.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastldm import ops
+from fastldm.errors import UnsupportedError
 from fastldm.testing import poisoned_memory
+from tests.cuda.contract import refused_by_contract
 
 _OPERATIONS = ("attention", "group_norm", "vq_ema_update", "vq_nearest", "vq_quantize")
 
@@ -47,6 +51,17 @@ def on_device(request, monkeypatch) -> Callable[[Callable], Callable]:
     for name in _OPERATIONS:
         monkeypatch.setattr(ops, name, moved(getattr(ops, name)))
     return moved
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    try:
+        return (yield)
+    except UnsupportedError as error:
+        reason = refused_by_contract(str(error))
+        if reason is None:
+            raise
+        pytest.skip(f"the cuda backend {reason}")
 
 
 class _Move(torch.autograd.Function):

@@ -6,14 +6,13 @@ import itertools
 import pytest
 import torch
 
-from fastldm import ops, reference
+from fastldm import dispatch, ops, reference
 from fastldm.errors import UnsupportedError
 from fastldm.testing import assert_as_accurate, live_backends, plain_attention
 from fastldm.testing.inputs import ATTENTION_LAYOUTS, MASKS, attention_inputs, attention_mask
 from fastldm.testing.shapes import ATTENTION, AttentionShape
 
-# Those that take the whole contract; the kernels of cuda take a part: tests/cuda/test_attention.py.
-BACKENDS = [name for name in live_backends("attention") if name != "cuda"]
+BACKENDS = live_backends("attention")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The kernels of our own compute in float32 and refuse float64 (tests/native).
 WITH_FLOAT64 = [
@@ -346,8 +345,9 @@ def test_a_mask_without_dimensions_broadcasts(backend):
     assert not ops.attention(q, k, v, torch.tensor(False), backend=backend).any()
 
 
-def test_unknown_and_absent_backends():
+def test_unknown_and_absent_backends(monkeypatch):
     with pytest.raises(ValueError, match="unknown backend 'tritn'"):
         ops.attention(Q, Q, Q, backend="tritn")
-    with pytest.raises(UnsupportedError, match="no CUDA"):
+    monkeypatch.setattr(dispatch, "find", lambda backend, op: f"no {op} of {backend} here")
+    with pytest.raises(UnsupportedError, match="no attention of cuda here; use backend='auto'"):
         ops.attention(Q, Q, Q, backend="cuda")

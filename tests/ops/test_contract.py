@@ -16,11 +16,19 @@ from fastldm.testing import live_backends
 
 OPS = torch.ops.fastldm
 BACKENDS = live_backends("attention")
+# In which attention is asked of a backend: cuda has no float32.
+DTYPES = dict.fromkeys(BACKENDS, torch.float32) | {"cuda": torch.bfloat16}
 
 
 @pytest.fixture
 def unwritten_memory():
     """Tracing cannot see through the patched functions."""
+
+
+@pytest.fixture
+def here(request):
+    """Where tests of single backends compute."""
+    return torch.device(request.config.getoption("--device").replace("copy", "cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +56,11 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck_attention(layout, backend):
-    q, k, v = (leaf(LAYOUTS[layout](normal(2, 3, s, 16))) for s in (7, 5, 5))
-    for mask in (None, normal(2, 1, 7, 5) > 0):
+def test_opcheck_attention(layout, backend, here):
+    place = {"device": here, "dtype": DTYPES[backend]}
+    q, k, v = (leaf(LAYOUTS[layout](normal(2, 3, s, 16).to(**place))) for s in (7, 5, 5))
+    queries = 1 if backend == "cuda" else 7
+    for mask in (None, normal(2, 1, queries, 5).to(here) > 0):
         opcheck(OPS.attention.default, (q, k, v, mask, False, None, True, backend))
     opcheck(OPS.attention.default, (q.detach(), k.detach(), v.detach(), None, True, 0.5, False, backend))
     out, lse = OPS.attention(q.detach(), k.detach(), v.detach(), None, False, None, True, backend)
@@ -71,9 +81,9 @@ def test_opcheck_attention(layout, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck_group_norm(layout, backend):
-    x = leaf(LAYOUTS[layout](normal(2, 8, 3, 5)))
-    c, nc = leaf(normal(8)), leaf(normal(2, 8))
+def test_opcheck_group_norm(layout, backend, here):
+    x = leaf(LAYOUTS[layout](normal(2, 8, 3, 5).to(here)))
+    c, nc = leaf(normal(8).to(here)), leaf(normal(2, 8).to(here))
     opcheck(OPS.group_norm.default, (x, 4, c, c.clone(), 1e-5, "silu", nc, nc.clone(), nc.clone(), backend))
     opcheck(OPS.group_norm.default, (x, 4, None, None, 1e-5, None, None, None, None, backend))
     y, mean, rstd = OPS.group_norm(x.detach(), 4, None, c.detach(), 1e-5, None, None, None, None, backend)
@@ -81,7 +91,7 @@ def test_opcheck_group_norm(layout, backend):
     arguments = (x.detach(), mean, rstd, 4, None, c.detach(), 1e-5, None, None, None, None, needed, backend)
     opcheck(OPS.group_norm_backward.default, (y, *arguments))
     # Gradients of parameters are contiguous, whatever the parameters are.
-    scale = normal(8, 2).t()
+    scale = normal(8, 2).to(here).t()
     needed = [True, False, False, False, True, False]
     arguments = (x.detach(), mean, rstd, 4, None, None, 1e-5, None, None, scale, None, needed, backend)
     opcheck(OPS.group_norm_backward.default, (y, *arguments))
@@ -89,11 +99,12 @@ def test_opcheck_group_norm(layout, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck_vq(layout, backend):
-    z, codebook = LAYOUTS[layout](normal(2, 6, 10, 4)), normal(20, 4, seed=1)
+def test_opcheck_vq(layout, backend, here):
+    z, codebook = LAYOUTS[layout](normal(2, 6, 10, 4).to(here)), normal(20, 4, seed=1).to(here)
     opcheck(OPS.vq_nearest.default, (z, codebook, backend))
     opcheck(OPS.vq_quantize.default, (leaf(z), codebook, backend))
-    opcheck(OPS.vq_ema_update.default, (z, torch.arange(120).view(2, 6, 10) % 20, 20, backend))
+    indices = torch.arange(120, device=here).view(2, 6, 10) % 20
+    opcheck(OPS.vq_ema_update.default, (z, indices, 20, backend))
 
 
 def everything(q, k, x, weight, z, codebook):
@@ -211,13 +222,13 @@ def test_compiled_masks_and_extras():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast(backend):
-    q, x, z = leaf(normal(1, 2, 4, 8)), leaf(normal(2, 8, 3, 3)), leaf(normal(5, 4))
-    codebook = normal(9, 4, seed=1)
-    with torch.autocast("cpu", torch.bfloat16):
+def test_autocast(backend, here):
+    q, x, z = (leaf(normal(*shape).to(here)) for shape in ((1, 2, 4, 8), (2, 8, 3, 3), (5, 4)))
+    codebook = normal(9, 4, seed=1).to(here)
+    with torch.autocast(here.type, torch.bfloat16):
         out = ops.attention(q, q.bfloat16(), q, backend=backend)
         y = ops.group_norm(x, 4, activation="silu", backend=backend)
-        half = ops.group_norm(x.bfloat16(), 4, torch.ones(8), backend=backend)
+        half = ops.group_norm(x.bfloat16(), 4, torch.ones(8, device=here), backend=backend)
         z_q, indices = ops.vq_quantize(z, codebook, backend=backend)
         (out.float().sum() + y.square().sum() + z_q.sum()).backward()
     assert out.dtype == torch.bfloat16
@@ -309,8 +320,8 @@ def test_compiled_under_autocast():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inference_mode_and_no_grad(backend):
-    inputs = arguments()
+def test_inference_mode_and_no_grad(backend, here):
+    inputs = [x.to(here) for x in arguments()]
     expected = everything(*inputs)
     for mode in (torch.inference_mode, torch.no_grad):
         with mode(), fastldm.use_backend(backend):
@@ -320,12 +331,12 @@ def test_inference_mode_and_no_grad(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_activation_checkpointing(backend):
+def test_activation_checkpointing(backend, here):
     def block(q, x):
         attended = ops.attention(q, q, q, backend=backend).sum()
         return attended + ops.group_norm(x, 2, activation="silu", backend=backend).square().sum()
 
-    q, x = leaf(normal(2, 2, 4, 8)), leaf(normal(2, 4, 3, 3))
+    q, x = leaf(normal(2, 2, 4, 8).to(here, DTYPES[backend])), leaf(normal(2, 4, 3, 3).to(here))
     expected = torch.autograd.grad(block(q, x), (q, x))
     checkpointed = torch.utils.checkpoint.checkpoint(block, q, x, use_reentrant=False)
     for result, eager in zip(torch.autograd.grad(checkpointed, (q, x)), expected):
