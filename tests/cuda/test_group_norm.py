@@ -465,6 +465,7 @@ def test_refusals(monkeypatch):
     rest = (None, None, 1e-5, None, None, None, None)
     assert cuda.supports(on_gpu(2, 64, 8, 8), 32, *rest) is None
     assert "up to 2048 channels per group, got 4096" in cuda.supports(on_gpu(2, 4096, 8), 1, *rest)
+    assert "less than 2^31 channels, got 2147483648" in cuda.supports(on_gpu(1, 2**31, 1), 2**21, *rest)
     assert "up to 2^30 pixels" in cuda.supports(on_gpu(1, 1, 2**30 + 1), 1, *rest)
     assert "2^27 groups" in cuda.supports(on_gpu(2**20, 128, 1), 128, *rest)
     assert "not torch.float64" in cuda.supports(
