@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -527,3 +528,16 @@ def test_keys_and_refusals():
     assert "2^28 codes" in sums_support(z, indices, 1 << 29)
     broad = torch.empty(1, 32 * 65535 + 1, device="meta")
     assert "2097120 dimensions" in sums_support(broad, indices, 9)
+
+
+@pytest.mark.gpu
+def test_threads_launch_a_kernel_in_two_sizes_at_once():
+    """How much shared memory a kernel may take is one number, whichever thread sets it."""
+    calls = [[x.cuda() for x in vq_inputs(256, VQShape(256, dim))] for dim in (64, 256)]
+
+    def search_often(call):
+        expected = reference.vq_nearest(*call)
+        return all(torch.equal(ops.vq_nearest(*call, backend="cuda"), expected) for _ in range(200))
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        assert all(pool.map(search_often, calls))
