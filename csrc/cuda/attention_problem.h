@@ -50,7 +50,7 @@ inline Problem problem_of(const Arguments& call) {
     mask = {{call.mask, span_of(call, call.keys, strides, 1)}, strides[0], strides[1], strides[2]};
   }
   // Kernels divide by the scale; what 1e-30 times a score adds to it is nothing.
-  const float size = static_cast<float>(std::fmax(std::fabs(call.scale), 1e-30));
+  const float size = std::fabs(call.scale) < 1e-30 ? 1e-30f : static_cast<float>(std::fabs(call.scale));
   return {static_cast<int>(call.heads), static_cast<int>(call.queries), static_cast<int>(call.keys),
           static_cast<int>(call.dim),   call.causal ? 1 : 0,             call.scale < 0.0 ? 0x80008000u : 0u,
           size,                         size * kLog2E,                   mask};

@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from fastldm.kernels.common.target import KNOWN, Target
 
 from fastldm import ops, reference
 from fastldm.native.cuda import attention as cuda_attention
@@ -214,19 +215,24 @@ def test_a_warp_walks_many_tiles(shim, head_dim):
         assert torch.equal(results[0][0], results[1][0])
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("capability", KNOWN)
 def test_plans_fit_every_gpu(shim, capability):
-    for head_dim, keys in TILES:
+    roomy = KNOWN[capability].shared_memory > 99 << 10
+    for head_dim, keys in [*TILES, *([(512, 40)] if roomy else [])]:
         shape = AttentionShape(1, 1, 5, keys, head_dim)
         check_forward(shim(FORWARD), shape, torch.float16, capability=capability)
-        if head_dim <= 160 or capability != 89:
+        if head_dim <= (256 if roomy else 160):
             check_backward(shim(BACKWARD), shape, torch.float16, capability=capability)
 
 
 def test_plans_that_do_not_fit_are_refused(shim):
+    """They take what the backend says that they do before it asks for them."""
     q, k, v, grad = attention_inputs(AttentionShape(1, 1, 5, 9, 512), torch.float16)
-    with pytest.raises(ShimError, match="bytes of shared memory; the device has"):
+    with pytest.raises(ShimError, match=f"of {cuda_attention._FORWARD_512} bytes of shared memory; the dev"):
         forward(shim(FORWARD), q, k, v, capability=89)
+    narrow = [x[..., :256].contiguous() for x in (grad, q, k, v, q)]
+    with pytest.raises(ShimError, match=f"of {cuda_attention._BACKWARD_256} bytes of shared memory; the dev"):
+        backward(shim(BACKWARD), *narrow, torch.zeros(1, 1, 5), capability=89)
     with pytest.raises(ShimError, match="no kernel is made for head dim 512"):
         backward(shim(BACKWARD), grad, q, k, v, q, torch.zeros(1, 1, 5))
     odd = torch.zeros(1, 1, 5, 44, dtype=torch.float16)[..., :40]
@@ -280,6 +286,16 @@ def test_scales(shim, name):
         if shape.head_dim <= 256:
             check_backward(shim(BACKWARD), shape, torch.float16, mask=mask, scale=scale)
     check_forward(shim(FORWARD), shape, torch.float16, inputs=(6.0 * q, 6.0 * k, v, grad))
+
+
+def test_a_scale_that_is_no_number(shim):
+    shape = AttentionShape(1, 1, 20, 30, 40)
+    q, k, v, grad = attention_inputs(shape, torch.float16)
+    for result in forward(shim(FORWARD), q, k, v, scale=torch.nan):
+        assert result.isnan().all()
+    out, lse = forward(shim(FORWARD), q, k, v)
+    for result in backward(shim(BACKWARD), grad, q, k, v, out, lse, scale=torch.nan):
+        assert result.isnan().all()
 
 
 def test_without_log_sum_exp(shim):
@@ -465,7 +481,7 @@ def test_broken_kernels_are_seen(broken_shim, name):
 def backend(shim, monkeypatch):
     """The implementation as it is called on a GPU, its kernels under the shim."""
     monkeypatch.setattr(support, "capability_of", lambda device: 80)
-    monkeypatch.setattr(cuda_attention, "capability_of", lambda device: 80)
+    monkeypatch.setattr(cuda_attention, "target_of", lambda device: KNOWN[80])
 
     def workspace(driver, direction, q, k):
         floats = integers(0)
@@ -530,10 +546,12 @@ def test_wide_heads_as_a_backend(backend):
 def test_what_the_backend_refuses(monkeypatch):
     implementation = cuda_attention.implementation()
 
-    def reasons(dtype=torch.float16, head_dim=64, mask=None, capability=90):
-        for module in (support, cuda_attention):
-            monkeypatch.setattr(module, "capability_of", lambda device: capability)
-        q = types.SimpleNamespace(dtype=dtype, shape=(1, 1, 4, head_dim), device=torch.device("cuda", 0))
+    def reasons(dtype=torch.float16, head_dim=64, mask=None, capability=90, heads=1, queries=4):
+        target = KNOWN.get(capability, Target(capability, 40, 64 << 10))
+        monkeypatch.setattr(support, "capability_of", lambda device: capability)
+        monkeypatch.setattr(cuda_attention, "target_of", lambda device: target)
+        shape = (1, heads, queries, head_dim)
+        q = types.SimpleNamespace(dtype=dtype, shape=shape, device=torch.device("cuda", 0))
         forward_reason = implementation.supports(q, q, q, mask, False, None, True)
         return forward_reason, implementation.supports_backward(q, q, q, q, q, None, mask, False, None)
 
@@ -549,8 +567,15 @@ def test_what_the_backend_refuses(monkeypatch):
     both("takes bool masks, not torch.float16", mask=torch.zeros(1, 1, 1, 4, dtype=torch.float16))
     both("the same for every query", mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
     assert reasons(head_dim=512) == (None, "has no backward for head dims above 256, such as 512")
-    assert reasons(head_dim=512, capability=89)[0] == "takes head dims up to 256 on sm_89, not 512"
-    assert reasons(head_dim=256, capability=89) == (None, "takes head dims up to 160 on sm_89, not 256")
+    both("up to 2^30 queries and keys, not 1073741825", queries=2**30 + 1)
+    both("less than 2^31 tiles of 64 queries or keys of all heads, not 2147483648", heads=2**31)
+    small = "on a GPU whose blocks have 99 KiB of shared memory, not"
+    for capability in (86, 89, 120):
+        assert reasons(head_dim=512, capability=capability)[0] == f"takes head dims up to 256 {small} 512"
+        assert reasons(head_dim=256, capability=capability) == (
+            None,
+            f"takes head dims up to 160 {small} 256",
+        )
 
 
 def test_what_measurements_are_kept_under():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -247,6 +248,12 @@ BROKEN = {
         "if (params.found.least.load(at) <= least)",
         "wrong",
     ),
+    "largest of the first block": (
+        FINISH,
+        "i < params.largest_count; i += kWarp",
+        "i < 1; i += kWarp",
+        "later",
+    ),
     "highest index": (FINISH, "b.code < a.code) ? b : a", "b.code > a.code) ? b : a", "ties"),
     "fused squares": (
         FINISH,
@@ -287,6 +294,17 @@ def equal_in_float32():
     return 3.0 * codebook[:60], pairs.view(2048, 3)
 
 
+def large_codes_later():
+    """The codes of `wrong_in_float32` after more zeros than one block packs, placed so that the centre, the
+    mean of every fourth code, stays 0."""
+    z, codes = wrong_in_float32()
+    both = torch.cat([codes, codes])
+    codebook = torch.zeros(256, 3)
+    codebook[128::4] = both[:32]
+    codebook[128:].view(32, 4, 3)[:, 1:] = both[32:].view(32, 3, 3)
+    return z, codebook
+
+
 def equal_in_other_lanes():
     z, codebook = (torch.nn.functional.pad(x[:30], (0, 17)) for x in equal_in_float32())
     return z, torch.cat([codebook, codebook * (1.0 + 2.0**-23)])
@@ -307,6 +325,7 @@ def beside_the_bisector():
 INPUTS = {
     "wrong": (wrong_in_float32, 90),
     "cut off": (cut_off_by_tensor_cores, 90),
+    "later": (large_codes_later, 90),
     "ties": (lambda: vq_inputs(30, VQShape(300, 3), kind="ties"), 90),
     "near 0": (lambda: tuple(x * s for x, s in zip(vq_inputs(9, VQShape(100, 20)), (0.001, 1.0))), 90),
     "many equal": (equal_in_other_lanes, 90),
@@ -507,6 +526,8 @@ def test_keys_and_refusals():
     assert "4096 dimensions" in nearest_supports(wide, wide)
     assert "2^28 codes" in nearest_supports(many[:1], many)
     assert "2^28 codes" in sums_support(z, indices, 1 << 29)
+    broad = torch.empty(1, 32 * 65535 + 1, device="meta")
+    assert "2097120 dimensions" in sums_support(broad, indices, 9)
 
 
 @pytest.mark.gpu
@@ -540,3 +561,16 @@ def test_near_ties_on_the_gpu():
     for z, codebook in itertools.chain(hard, *map(near_ties, (3, 16, 17, 64, 256))):
         found = ops.vq_nearest(z.cuda(), codebook.cuda(), backend="cuda")
         assert torch.equal(found.cpu(), reference.vq_nearest(z, codebook))
+
+
+@pytest.mark.gpu
+def test_threads_launch_a_kernel_in_two_sizes_at_once():
+    """How much shared memory a kernel may take is one number, whichever thread sets it."""
+    calls = [[x.cuda() for x in vq_inputs(256, VQShape(256, dim))] for dim in (64, 256)]
+
+    def search_often(call):
+        expected = reference.vq_nearest(*call)
+        return all(torch.equal(ops.vq_nearest(*call, backend="cuda"), expected) for _ in range(200))
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        assert all(pool.map(search_often, calls))

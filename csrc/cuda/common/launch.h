@@ -108,11 +108,15 @@ inline void check_cuda(cudaError_t status) {
   throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
-// More than 48 KiB must be asked for; cheap enough to ask at each launch, and right on each device.
+// More than 48 KiB must be asked for. All that the device has is, whatever a launch needs: the kernel keeps one number
+// for each device, and another thread's launch of less must not take back what this one is about to use.
 template <class Kernel>
-void allow_shared_bytes(int bytes) {
-  if (bytes > (48 << 10)) {
-    check_cuda(cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+void allow_shared_bytes(int bytes, const Device& device) {
+  cudaFuncAttributes found;
+  check_cuda(cudaFuncGetAttributes(&found, entry<Kernel>));
+  if (bytes > found.maxDynamicSharedSizeBytes) {
+    const int all = device.shared_per_block - static_cast<int>(found.sharedSizeBytes);
+    check_cuda(cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, all));
   }
 }
 
@@ -140,15 +144,15 @@ struct Configuration {
 template <class Kernel>
 void launch(const Shape& shape, const typename Kernel::Params& params, const Context& context) {
   check_launch<Kernel>(shape, context.device);
-  allow_shared_bytes<Kernel>(shape.shared_bytes);
+  allow_shared_bytes<Kernel>(shape.shared_bytes, context.device);
   const Configuration configuration(shape, Kernel::threads, context.stream);
   check_cuda(cudaLaunchKernelEx(&configuration.config, entry<Kernel>, params));
 }
 
 // Blocks that one multiprocessor holds at once.
 template <class Kernel>
-int blocks_per_multiprocessor(int shared_bytes, const Context&) {
-  allow_shared_bytes<Kernel>(shared_bytes);
+int blocks_per_multiprocessor(int shared_bytes, const Context& context) {
+  allow_shared_bytes<Kernel>(shared_bytes, context.device);
   int blocks = 0;
   check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, entry<Kernel>, Kernel::threads, shared_bytes));
   return blocks;
@@ -157,7 +161,7 @@ int blocks_per_multiprocessor(int shared_bytes, const Context&) {
 // Clusters of this shape that the device holds at once; 0 where it cannot run even one.
 template <class Kernel>
 int resident_clusters(const Shape& shape, const Context& context) {
-  allow_shared_bytes<Kernel>(shape.shared_bytes);
+  allow_shared_bytes<Kernel>(shape.shared_bytes, context.device);
   const Configuration configuration(shape, Kernel::threads, context.stream);
   int clusters = 0;
   check_cuda(cudaOccupancyMaxActiveClusters(&clusters, entry<Kernel>, &configuration.config));

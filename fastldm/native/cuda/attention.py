@@ -8,18 +8,27 @@ import torch
 from torch import Tensor
 
 from fastldm.implementation import Implementation, in_layout_of
-from fastldm.native.cuda.support import capability_of, refuse
+from fastldm.kernels.common.target import target_of
+from fastldm.native.cuda.support import refuse
 
-# GPUs whose blocks have 99 KiB of shared memory: tiles of wide heads do not fit.
-_SMALL = (86, 89, 120, 121)
+# Bytes of shared memory that a block takes for the widest heads, by csrc/cuda/attention_*.cuh.
+_FORWARD_512, _BACKWARD_256 = 139264, 101760
+# csrc/cuda/attention_problem.h has the same; tiles are of 64 queries or keys at least.
+_MAX_LENGTH, _MAX_TILES = 1 << 30, 1 << 31
 
 
-def _reason_against(q: Tensor, attn_mask: Tensor | None) -> str | None:
+def _reason_against(q: Tensor, k: Tensor, attn_mask: Tensor | None) -> str | None:
     reason = refuse(q)
     if reason is not None:
         return reason
     if q.dtype is torch.float32:
         return "takes float16 and bfloat16; float32 would lose bits on tensor cores, use the triton backend"
+    longest = max(q.shape[2], k.shape[2])
+    if longest > _MAX_LENGTH:
+        return f"takes up to 2^30 queries and keys, not {longest}"
+    tiles = q.shape[0] * q.shape[1] * -(-longest // 64)
+    if tiles >= _MAX_TILES:
+        return f"takes less than 2^31 tiles of 64 queries or keys of all heads, not {tiles}"
     if attn_mask is None:
         return None
     if attn_mask.dtype is not torch.bool:
@@ -29,22 +38,25 @@ def _reason_against(q: Tensor, attn_mask: Tensor | None) -> str | None:
     return None
 
 
-def _small(q: Tensor, widest: int) -> str | None:
-    capability = capability_of(q.device)
-    if q.shape[3] > widest and capability in _SMALL:
-        return f"takes head dims up to {widest} on sm_{capability}, not {q.shape[3]}"
+def _no_room(q: Tensor, widest: int, needed: int) -> str | None:
+    room = target_of(q.device).shared_memory
+    if q.shape[3] > widest and room < needed:
+        return (
+            f"takes head dims up to {widest} on a GPU whose blocks have {room >> 10} KiB of shared memory, "
+            f"not {q.shape[3]}"
+        )
     return None
 
 
 def _supports(q, k, v, attn_mask, is_causal, scale, need_lse) -> str | None:
-    return _reason_against(q, attn_mask) or _small(q, 256)
+    return _reason_against(q, k, attn_mask) or _no_room(q, 256, _FORWARD_512)
 
 
 def _supports_backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale) -> str | None:
-    reason = _reason_against(q, attn_mask)
+    reason = _reason_against(q, k, attn_mask)
     if reason is None and q.shape[3] > 256:
         reason = f"has no backward for head dims above 256, such as {q.shape[3]}"
-    return reason or _small(q, 160)
+    return reason or _no_room(q, 160, _BACKWARD_256)
 
 
 def _readable(x: Tensor) -> Tensor:

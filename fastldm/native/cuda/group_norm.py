@@ -19,6 +19,7 @@ from fastldm.native.cuda.support import refuse
 MAX_CHANNELS_PER_GROUP = 2048
 MAX_PIXELS = 1 << 30
 MAX_GROUPS = 1 << 27
+MAX_CHANNELS = (1 << 31) - 1
 
 
 def supports(x, num_groups, weight, bias, eps, activation, *per_sample) -> str | None:
@@ -28,6 +29,8 @@ def supports(x, num_groups, weight, bias, eps, activation, *per_sample) -> str |
         return f"takes up to {MAX_CHANNELS_PER_GROUP} channels per group, got {per_group}"
     if batch * num_groups >= MAX_GROUPS:
         return f"takes less than 2^27 groups of all samples, got {batch * num_groups}"
+    if channels > MAX_CHANNELS:
+        return f"takes less than 2^31 channels, got {channels}"
     if x.shape[2:].numel() > MAX_PIXELS:
         return f"takes up to 2^30 pixels, got {x.shape[2:].numel()}"
     return refuse(x, *(p for p in (weight, bias, *per_sample) if p is not None))

@@ -13,6 +13,7 @@ from fastldm.native.library import load_cuda
 
 _MAX_DIM = 4096
 _MAX_CODES = 1 << 28
+_MAX_SUM_DIM = 32 * 65535  # blocks along y
 
 
 def nearest_implementation() -> Implementation:
@@ -52,6 +53,8 @@ def _supports_nearest(z: Tensor, codebook: Tensor) -> str | None:
 def _supports_ema_update(z: Tensor, indices: Tensor, num_codes: int) -> str | None:
     if num_codes > _MAX_CODES:
         return f"takes up to 2^28 codes, not {num_codes}"
+    if z.shape[-1] > _MAX_SUM_DIM:
+        return f"takes up to {_MAX_SUM_DIM} dimensions, not {z.shape[-1]}"
     return refuse(z)
 
 

@@ -12,16 +12,26 @@ extern "C" inline __attribute__((used)) void shim_write_coverage() {
 
 namespace fastldm::cuda {
 
-// An A100 (80), an L40S (89) or an H200 (90) as `Device` describes them.
+// The GPUs of kernels/common/target.py as `Device` describes them: an A100 (80), an RTX A6000 (86), an L40S (89), an
+// H200 (90), a B200 (100) or an RTX PRO 6000 (120). A multiprocessor has 1 KiB more than a block may ask for.
 inline Context gpu(int capability) {
+  const auto with = [&](int multiprocessors, int kib) {
+    return Context{{0, capability, multiprocessors, kib << 10, (kib + 1) << 10}, nullptr};
+  };
   switch (capability) {
     case 80:
-      return {{0, 80, 108, 163 << 10, 164 << 10}, nullptr};
+      return with(108, 163);
+    case 86:
+      return with(84, 99);
     case 89:
-      return {{0, 89, 142, 99 << 10, 100 << 10}, nullptr};
+      return with(142, 99);
+    case 90:
+      return with(132, 227);
+    case 100:
+      return with(148, 227);
     default:
-      require(capability == 90, "the drivers know capabilities 80, 89 and 90");
-      return {{0, 90, 132, 227 << 10, 228 << 10}, nullptr};
+      require(capability == 120, "the drivers know capabilities 80, 86, 89, 90, 100 and 120");
+      return with(188, 99);
   }
 }
 
