@@ -22,7 +22,7 @@ MAX_CHANNELS_PER_GROUP = 2048
 MAX_PIXELS = 1 << 30
 MAX_GROUPS = 1 << 27
 MAX_CHANNELS = (1 << 31) - 1
-# Of a slab with the channels last, in the backward on a GPU of 99 KiB: 40 bytes a channel and a table of 24 KiB.
+# Of a slab with the channels last, in the backward: 40 bytes a channel and a table of 24 KiB are 99 KiB.
 MAX_CHANNELS_IN_99_KIB = 1900
 
 
