@@ -114,7 +114,7 @@ struct GroupNormBackwardSlab : GroupNormTile<T, ChannelsLast, Wide, Threads> {
   const Params& params;
   GroupNormLayout layout;
   Shared<T> x_kept, grad_kept;
-  Shared<float> table, sums, constants, groups_at;
+  Shared<float> table, sums, totals, constants, groups_at;
 
   FASTLDM_DEVICE GroupNormBackwardSlab(const Params& of, int slab)
       : Tile(of.channels.sizes, slab),
@@ -124,6 +124,7 @@ struct GroupNormBackwardSlab : GroupNormTile<T, ChannelsLast, Wide, Threads> {
         grad_kept(x_kept + layout.data_size),
         table(dynamic_shared<float>(layout.table, 3 * layout.table_size)),
         sums(dynamic_shared<float>(layout.sums, 3 * of.channels.sizes.width())),
+        totals(dynamic_shared<float>(layout.totals, Keeps ? 0 : 3 * of.channels.sizes.width())),
         constants(dynamic_shared<float>(layout.constants, 4 * of.channels.sizes.width())),
         groups_at(dynamic_shared<float>(layout.groups, 4 * of.channels.sizes.groups)) {}
 
@@ -277,12 +278,12 @@ struct GroupNormSums {
       slab.template sum_range<2>(range, [&](const GroupNormRun& run, int i) {
         return slab.template read_pair<Cache::normal>(run, i);
       });
-      // Each thread adds to what it wrote itself.
       for (int i = thread_id(); i < 3 * slab.width; i += threads) {
         const float sum = slab.sums.load(i);
-        to.partial.store(at + i, begin == part.begin ? sum : to.partial.load(at + i) + sum);
+        slab.totals.store(i, begin == part.begin ? sum : slab.totals.load(i) + sum);
       }
     }
+    for (int i = thread_id(); i < 3 * slab.width; i += threads) to.partial.store(at + i, slab.totals.load(i));
   }
 };
 

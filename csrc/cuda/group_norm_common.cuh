@@ -35,6 +35,7 @@ struct GroupNormLayout {
   int data;       // the vectors of a tile, of one tensor after the other
   int table;      // sums of runs
   int sums;       // sums of channels
+  int totals;     // sums of channels over several tiles, where no tensor is kept
   int constants;  // four numbers of each channel
   int groups;     // four numbers of each group
   int table_size, data_size;
@@ -53,6 +54,7 @@ FASTLDM_HOST_DEVICE constexpr GroupNormLayout group_norm_layout(const GroupNormS
   layout.data = shared.take<char>(tensors * layout.data_size * itemsize);
   layout.table = shared.take<float>(sums * layout.table_size);
   layout.sums = shared.take<float>(sums * width);
+  layout.totals = shared.take<float>(tensors == 0 ? sums * width : 0);
   layout.constants = shared.take<float>(4 * width);
   layout.groups = shared.take<float>(4 * sizes.groups);
   layout.bytes = shared.bytes();
@@ -144,18 +146,18 @@ struct GroupNormTile {
   FASTLDM_DEVICE int units() const { return sizes.units(ChannelsLast); }
 
   // Elements of a group before a unit.
-  FASTLDM_DEVICE std::int64_t elements_before(int unit) const {
+  FASTLDM_DEVICE float elements_before(int unit) const {
     if constexpr (ChannelsLast) {
-      return static_cast<std::int64_t>(unit) * sizes.per_group;
+      return static_cast<float>(static_cast<std::int64_t>(unit) * sizes.per_group);
     } else {
       const int channel = unit / sizes.segments, segment = unit - channel * sizes.segments;
       const std::int64_t pixels = std::int64_t{sizes.pixels} * channel;
-      return pixels + std::int64_t{segment} * sizes.segment * vector;
+      return static_cast<float>(pixels + std::int64_t{segment} * sizes.segment * vector);
     }
   }
 
   FASTLDM_DEVICE float elements(const GroupNormRange& range) const {
-    return static_cast<float>(elements_before(range.end) - elements_before(range.begin));
+    return elements_before(range.end) - elements_before(range.begin);
   }
 
   // Pixels that are read side by side, with the channels last.

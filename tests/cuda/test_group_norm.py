@@ -92,19 +92,15 @@ def units_of(problem, wide):
 
 
 class Kernels:
-    """Both directions on one GPU, in the choice `way`, else in the plan's own; called as the operations
-    fastldm_cuda::group_norm_* are."""
+    """Both directions in one choice on one GPU, called as the operations fastldm_cuda::group_norm_* are."""
 
     def __init__(self, shim, way, capability=90, seed=0):
         self.shim, self.way, self.capability, self.seed = shim, way, capability, seed
         self.forward = partial(cuda.run_forward, self._forward)
         self.backward = partial(cuda.run_backward, self._backward)
 
-    def _plan(self, direction, x, channels_last, groups):
+    def _plan(self, x, channels_last, groups):
         problem = problem_of(x.shape, groups, x.dtype, channels_last)
-        if self.way is None:
-            chosen = choose(self.shim, direction, self.capability, x.shape, groups, x.dtype, channels_last)
-            return problem, numbers(*chosen)
         units = units_of(problem, self.way.wide)
         tile = self.way.tile or -(-units // max(1, self.way.cluster))
         return problem, numbers(*self.way._replace(tile=tile, chunks=min(self.way.chunks, units)))
@@ -112,13 +108,13 @@ class Kernels:
     def _forward(self, x, channels_last, groups, eps, silu, *rest):
         *given, y, mean, rstd = rest
         given = addresses(given)
-        problem, choice = self._plan("forward", x, channels_last, groups)
+        problem, choice = self._plan(x, channels_last, groups)
         arguments = (x, y, mean, rstd, given, problem, choice, eps, silu, self.capability)
         self.shim("group_norm_forward")("forward", *arguments, seed=self.seed)
 
     def _backward(self, grad, x, mean, rstd, channels_last, groups, silu, *rest):
         given, dx, gradients = addresses(rest[:5]), rest[5], addresses(rest[6:])
-        problem, choice = self._plan("backward", x, channels_last, groups)
+        problem, choice = self._plan(x, channels_last, groups)
         arguments = (grad, x, mean, rstd, given, dx, gradients, problem, choice, silu, self.capability)
         self.shim("group_norm_backward")("backward", *arguments, seed=self.seed)
 
@@ -388,28 +384,24 @@ def test_choice(shim, shape, channels_last, cluster_80, cluster_90, cluster_back
             assert min(way.tile, way.range) >= 1
 
 
-@pytest.mark.parametrize("capability", KNOWN)
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("shape", "num_groups", "dtype"),
-    [((1, 2048, 9), 1, torch.float32), ((1, 2040, 17), 8, BF16), ((2, 64, 800), 64, torch.float16)],
+    ("per_group", "dtype"), [(2048, torch.float32), (1900, BF16), (255, BF16), (64, BF16)]
 )
-def test_plans_fit_every_gpu(shim, shape, num_groups, dtype, layout, capability):
-    """The most channels of a slab, where one read has no room on a GPU of 99 KiB, and the most groups."""
-    inputs = group_norm_inputs(GroupNormShape(shape, num_groups), dtype, layout=layout)
-    check(Kernels(shim, None, capability), inputs, num_groups)
-
-
-def test_elements_of_a_range_are_counted_exactly(shim):
-    """Far into a group of more elements than float32 counts: 64, 64 and the 3 that are left of a channel."""
-    problem = problem_of((1, 40, 1000003), 1, torch.float32, False)
-    choice, count = numbers(*Way(0, wide=False, tile=1)), torch.full((1,), torch.nan)
-    end = units_of(problem, False)
-    shim("group_norm_forward")("elements", problem, choice, end - 3, end, count)
-    assert count.item() == 131
-    last = problem_of((1, 5, 1 << 27), 1, torch.float32, True)
-    shim("group_norm_forward")("elements", last, choice, (1 << 27) - 3, (1 << 27) - 2, count)
-    assert count.item() == 5
+def test_slabs_that_have_no_room_on_a_small_gpu(monkeypatch, per_group, dtype):
+    """With the channels last, in the backward."""
+    monkeypatch.setattr(cuda, "refuse", lambda *tensors: None)
+    x = torch.empty(1, 16, 16, 8 * per_group, dtype=dtype, device="meta").permute(0, 3, 1, 2)
+    args = (x, x, None, None, 8, *[None] * 7, [True] * 6)
+    for capability in (86, 90):
+        monkeypatch.setattr(cuda, "target_of", lambda device, capability=capability: KNOWN[capability])
+        reason = cuda.supports_backward(*args)
+        if capability == 86 and per_group in (2048, 255):
+            assert f"99 KiB of shared memory, not {2040 if per_group == 255 else 2048}" in reason
+        else:
+            assert reason is None
+    contiguous = torch.empty(1, 8 * per_group, 16, 16, dtype=dtype, device="meta")
+    monkeypatch.setattr(cuda, "target_of", lambda device: KNOWN[86])
+    assert cuda.supports_backward(contiguous, contiguous, *args[2:]) is None
 
 
 def test_two_reads_stay_in_the_cache(shim):
@@ -462,6 +454,7 @@ def on_gpu(*shape, dtype=torch.float16):
 
 def test_refusals(monkeypatch):
     monkeypatch.setattr(support, "capability_of", lambda device: 80)
+    monkeypatch.setattr(cuda, "target_of", lambda device: KNOWN[80])
     rest = (None, None, 1e-5, None, None, None, None)
     assert cuda.supports(on_gpu(2, 64, 8, 8), 32, *rest) is None
     assert "up to 2048 channels per group, got 4096" in cuda.supports(on_gpu(2, 4096, 8), 1, *rest)

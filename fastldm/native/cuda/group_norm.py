@@ -6,6 +6,7 @@ rows may lie apart, and make their own working memory.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastldm.implementation import Implementation, in_layout_of
 from fastldm.kernels.common.layout import dense_layout
+from fastldm.kernels.common.target import target_of
 from fastldm.native.cuda.support import refuse
 
 # csrc/cuda/group_norm_plan.h has the same.
@@ -20,6 +22,8 @@ MAX_CHANNELS_PER_GROUP = 2048
 MAX_PIXELS = 1 << 30
 MAX_GROUPS = 1 << 27
 MAX_CHANNELS = (1 << 31) - 1
+# Of a slab with the channels last, in the backward: 40 bytes a channel and a table of 24 KiB are 99 KiB.
+MAX_CHANNELS_IN_99_KIB = 1900
 
 
 def supports(x, num_groups, weight, bias, eps, activation, *per_sample) -> str | None:
@@ -37,7 +41,27 @@ def supports(x, num_groups, weight, bias, eps, activation, *per_sample) -> str |
 
 
 def supports_backward(grad, x, mean, rstd, *args) -> str | None:
-    return refuse(grad) or supports(x, *args[:-1])
+    reason = refuse(grad) or supports(x, *args[:-1])
+    if reason is not None:
+        return reason
+    room = target_of(x.device).shared_memory
+    if room <= 99 << 10 and _channels_last(x):
+        channels = _slab_channels(x, args[0])
+        if channels > MAX_CHANNELS_IN_99_KIB:
+            reason = (
+                f"takes slabs of up to {MAX_CHANNELS_IN_99_KIB} channels in the backward of channels-last "
+                f"tensors on a GPU whose blocks have {room >> 10} KiB of shared memory, not {channels}"
+            )
+    return reason
+
+
+def _slab_channels(x: Tensor, num_groups: int) -> int:
+    """Of the most groups that `group_norm_groups` in csrc/cuda/group_norm_plan.h takes together."""
+    per_group, itemsize = x.shape[1] // num_groups, x.element_size()
+    vector, least = 16 // itemsize, -(-128 // (per_group * itemsize))
+    step = vector // math.gcd(vector, per_group)
+    channels = -(-least // step) * step * per_group
+    return channels if channels <= MAX_CHANNELS_PER_GROUP else least * per_group
 
 
 def key(direction: str, args: tuple) -> dict[str, str | int | bool]:

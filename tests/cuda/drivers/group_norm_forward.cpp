@@ -23,18 +23,6 @@ extern "C" void choose_with(const std::int64_t* problem, std::int64_t* choice, i
   });
 }
 
-// Elements of a group in the units `begin` to `end` of a slab.
-extern "C" void elements(const std::int64_t* problem, const std::int64_t* choice, int begin, int end, float* count) {
-  shim::guarded([&] {
-    const GroupNormProblem of = problem_of(problem);
-    const GroupNormChoice chosen = choice_of(choice);
-    group_norm_variant(of, chosen.wide, [&](auto last, auto wide) {
-      const GroupNormSizes sizes = group_norm_sizes(of, chosen);
-      *count = GroupNormTile<float, last.value, wide.value, 256>(sizes, 0).elements({begin, end});
-    });
-  });
-}
-
 extern "C" void forward(const void* x, void* y, float* mean, float* rstd, const std::int64_t* given,
                         const std::int64_t* problem, const std::int64_t* choice, double eps, bool silu,
                         int capability) {
