@@ -30,7 +30,8 @@ def _prose(text):
 
 
 def blocks(text, language=""):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.M | re.S)
+    return [block for named, block in fenced if named == language]
 
 
 def commands():
