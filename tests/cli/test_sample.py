@@ -194,7 +194,7 @@ def test_the_backend_of_the_environment_is_used_unless_a_flag_names_another(samp
     ("flags", "said"),
     [
         (["--model", "absent"], "absent"),
-        (["--num-images", "0"], "ask for at least one"),
+        (["--num-images", "0"], "ask for a whole number from 1"),
         (["--num-inference-steps", "0"], "num_inference_steps=0"),
         (["--num-inference-steps", "1001"], "num_inference_steps=1001"),
         (["--eta", "2"], "eta"),

@@ -210,7 +210,7 @@ def test_what_cannot_be_used_is_refused(ours, tmp_path):
         CLIPTokenizer.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="absent"):
         CLIPTokenizer.from_openai(tmp_path / "absent.txt")
-    (tmp_path / "bpe.txt").write_text("heading\na b c\n")
+    (tmp_path / "bpe.txt").write_text("#version: 0.2\na b c\n")
     with pytest.raises(CheckpointError, match="two symbols, not 'a b c'"):
         CLIPTokenizer.from_openai(tmp_path / "bpe.txt")
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordLevel"}}))

@@ -125,7 +125,7 @@ def test_latents_must_be_better_in_every_way(work, monkeypatch, changes, holds):
         seconds, steps[space] = (step - steps[space]) / rate, step
         held = 0 if here["memory"] is None else (here["memory"] if space == "latent" else 1) * 2**30
         idle = 0 if here["memory"] is None else 2**20
-        return Timed("model", seconds, int(held + idle), idle)
+        return Timed("model", seconds, rate * latent_vs_pixel._BATCH, int(held + idle), idle)
 
     rates = [here["sampling"] * value for value in (9.8, 10.0, 10.3)], [10.0, 10.2, 9.9]
     monkeypatch.setattr(latent_vs_pixel, "train_to", train_to)
@@ -140,7 +140,8 @@ def test_latents_must_be_better_in_every_way(work, monkeypatch, changes, holds):
     assert ("unknown memory" in finding.verdict) == (here["memory"] is None)
     # About the time that was asked for, in equal turns.
     seconds = [row.setting["seconds"] for row in finding.select("accuracy", space="pixel")]
-    assert seconds == pytest.approx([100, 200, 300, 400], rel=0.05)
+    turns = [latent_vs_pixel._TURN_SECONDS * (turn + 1) for turn in range(latent_vs_pixel._TURNS)]
+    assert seconds == pytest.approx(turns, rel=0.05)
 
 
 def test_the_best_scale_is_measured_on_other_captions_and_noise(work, monkeypatch):
