@@ -13,6 +13,7 @@ import fastldm
 from fastldm import dispatch, ops
 from fastldm.errors import UnsupportedError
 from fastldm.implementation import Implementation
+from fastldm.kernels.common.target import KNOWN
 from fastldm.native import cuda
 from fastldm.native.cuda import attention as cuda_attention
 from fastldm.native.cuda import group_norm, support, tables, vq
@@ -119,8 +120,8 @@ def messages_of(op, *reasons):
 
 def test_tests_of_every_backend_know_what_is_refused_by_contract(monkeypatch):
     """`contract.py` has the reasons that the implementations give, and no others."""
-    for module in (support, cuda_attention):
-        monkeypatch.setattr(module, "capability_of", lambda device: 89)
+    monkeypatch.setattr(support, "capability_of", lambda device: 89)
+    monkeypatch.setattr(cuda_attention, "target_of", lambda device: KNOWN[89])
 
     def on_gpu(*shape, dtype=torch.float16):
         x = torch.empty(shape, dtype=dtype, device="meta")
