@@ -94,7 +94,8 @@ def read_openai_merges(path: str | os.PathLike, most: int | None = None) -> list
         raise CheckpointError(f"cannot read the merges in {path}: {error}") from error
     heading, *lines = text.split("\n")
     if "#version" not in heading:
-        raise CheckpointError(f"{path} holds no merges: its first line is {heading[:40]!r}, not #version: ...")
+        begin = heading[:40]
+        raise CheckpointError(f"{path} holds no merges: its first line is {begin!r}, not #version: ...")
     return _parse_merges(lines if most is None else lines[:most], path)
 
 

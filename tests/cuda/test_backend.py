@@ -8,12 +8,12 @@ import types
 
 import pytest
 import torch
+from fastldm.kernels.common.target import KNOWN
 
 import fastldm
 from fastldm import dispatch, ops
 from fastldm.errors import UnsupportedError
 from fastldm.implementation import Implementation
-from fastldm.kernels.common.target import KNOWN
 from fastldm.native import cuda
 from fastldm.native.cuda import attention as cuda_attention
 from fastldm.native.cuda import group_norm, support, tables, vq
