@@ -57,7 +57,8 @@ def peer(tmp_path_factory):
     """transformers' tokenizer of the same vocabulary and merges."""
     folder = tmp_path_factory.mktemp("peer")
     (folder / "vocab.json").write_text(json.dumps(vocabulary()))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in MERGES))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in MERGES)]
+    (folder / "merges.txt").write_text("".join(f"{line}\n" for line in lines))
     return GPT2TokenizerFast.from_pretrained(folder)
 
 
