@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from fastldm.io import atomic_write
 from fastldm.pictures import png_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FINDING, PLOT, PICTURES = "finding.json", "plot.png", "pictures.png"
@@ -110,6 +111,18 @@ def judge(interval: tuple[float, float], margin: float = 0.0) -> bool | None:
     """Whether a difference is above `margin`: True or False where its interval says so, else None."""
     low, high = interval
     return True if low > margin else False if high <= margin else None
+
+
+def together(parts: Sequence[bool | None]) -> bool | None:
+    """Whether all parts of a claim hold: False where one does not, else None where one is undecided."""
+    return False if False in parts else None if None in parts else True
+
+
+def band(axes: Axes, x: Sequence[float], rows: Sequence[Measurement], label: str) -> None:
+    """A line of percentages over `x`, in the band of their intervals."""
+    axes.plot(x, [100 * row.value for row in rows], marker="o", label=label)
+    low, high = ([100 * row.interval[i] for row in rows] for i in (0, 1))
+    axes.fill_between(x, low, high, alpha=0.2)
 
 
 def says(holds: bool | None) -> str:

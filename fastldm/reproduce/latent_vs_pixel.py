@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from fastldm.evaluation.statistics import difference, mean, ratio
 from fastldm.reproduce import pairs
-from fastldm.reproduce.finding import Finding, Measurement, judge, says
+from fastldm.reproduce.finding import Finding, Measurement, band, judge, says, together
 from fastldm.reproduce.timed import Timed, train_to
 from fastldm.reproduce.workspace import Workspace
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
@@ -65,7 +66,8 @@ _SPACES = {
 def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
     measurements: list[Measurement] = []
     bar = tqdm(total=len(_SPACES) * (_TURNS + 1), unit="turn", disable=None if workspace.progress else True)
-    state = {space: _Run(space, workspace, bar) for space in _SPACES}
+    folder = workspace.fresh("turns")
+    state = {space: _Run(space, folder, workspace.progress, bar) for space in _SPACES}
     for turn in range(_TURNS):
         for one in state.values():
             one.train((turn + 1) * _TURN_SECONDS)
@@ -97,7 +99,7 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
     # Some systems do not say how much memory a process held.
     known = latent.memory > 0 and pixel.memory > 0
     parts.append(latent.memory < pixel.memory if known else None)
-    holds = False if False in parts else None if None in parts else True
+    holds = together(parts)
     low, high = gain_interval
     verdict = (
         f"{says(holds)}. In latents, training sees {_times(ratios['training'])} and sampling makes "
@@ -128,9 +130,9 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
 class _Run:
     """One of the two models, as far as it has trained."""
 
-    def __init__(self, space: str, workspace: Workspace, bar: tqdm) -> None:
-        self.space, self.workspace, self.bar = space, workspace, bar
-        self.overrides = [f"output_dir={workspace.fresh('turns')}", *_COMMON, *_SPACES[space]]
+    def __init__(self, space: str, folder: Path, progress: bool, bar: tqdm) -> None:
+        self.space, self.progress, self.bar = space, progress, bar
+        self.overrides = [f"output_dir={folder}", *_COMMON, *_SPACES[space]]
         self.step, self.seconds, self.rates = 0, 0.0, []
         self.peak_bytes = self.idle_bytes = 0
         self.samples: list[pairs.Sample] = []
@@ -157,7 +159,7 @@ class _Run:
             pairs.by_caption(_SCALE),
             seed=0,
             description=f"{self.space}, turn {turn + 1} of {_TURNS}",
-            progress=self.workspace.progress,
+            progress=self.progress,
         )
         return self.samples
 
@@ -210,9 +212,7 @@ def plot(finding: Finding) -> Figure:
     for space in _SPACES:
         rows = finding.select("accuracy", space=space)
         minutes = [row.setting["seconds"] / 60 for row in rows]
-        axes.plot(minutes, [100 * row.value for row in rows], marker="o", label=f"in {space}s")
-        low, high = ([100 * row.interval[i] for row in rows] for i in (0, 1))
-        axes.fill_between(minutes, low, high, alpha=0.2)
+        band(axes, minutes, rows, f"in {space}s")
     axes.set_xlabel("minutes of training")
     axes.set_ylabel("colour and shape right, %")
     axes.set_xlim(left=0)

@@ -22,7 +22,7 @@ from fastldm.diffusion.guidance import clip_gradient
 from fastldm.diffusion.predictions import to_x0
 from fastldm.evaluation.statistics import Score, difference
 from fastldm.reproduce import pairs
-from fastldm.reproduce.finding import Finding, Measurement, judge, says
+from fastldm.reproduce.finding import Finding, Measurement, band, judge, says, together
 from fastldm.reproduce.guidance import (
     CLIP_SCALES,
     MEASURED,
@@ -73,8 +73,7 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
         measurements.append(
             Measurement("difference", {"to": name}, value, interval, MEASURED * len(SEEN_PAIRS))
         )
-    verdicts = [judge(interval) for _, interval in gains.values()]
-    holds = False if False in verdicts else None if None in verdicts else True
+    holds = together([judge(interval) for _, interval in gains.values()])
     percent = {name: f"{100 * outcome.score.accuracy:.1f}%" for name, outcome in outcomes.items()}
     points = {
         name: f"{100 * value:+.1f} points (95% interval {100 * low:.1f} to {100 * high:.1f})"
@@ -151,9 +150,7 @@ def plot(finding: Finding) -> Figure:
     for name in (_CLEAN, _PREDICTED, _NOISED):
         rows = finding.select("accuracy", guidance=name, stage="tried")
         scales = [row.setting["scale"] for row in rows]
-        drawn.plot(scales, [100 * row.value for row in rows], marker="o", label=f"guided by {name}")
-        low, high = ([100 * row.interval[i] for row in rows] for i in (0, 1))
-        drawn.fill_between(scales, low, high, alpha=0.2)
+        band(drawn, scales, rows, f"guided by {name}")
     (chance,) = finding.select("accuracy", guidance=_NONE, stage="tried")
     drawn.axhline(100 * chance.value, linestyle=":", color="grey", label="not guided")
     drawn.set_xscale("log", base=2)
@@ -162,9 +159,7 @@ def plot(finding: Finding) -> Figure:
     for name in (_CLEAN, _NOISED):
         rows = finding.select("zero-shot accuracy", clip=name)
         steps = [row.setting["timestep"] for row in rows]
-        read.plot(steps, [100 * row.value for row in rows], marker="o", label=name)
-        low, high = ([100 * row.interval[i] for row in rows] for i in (0, 1))
-        read.fill_between(steps, low, high, alpha=0.2)
+        band(read, steps, rows, name)
     read.set_xlabel("timestep of the noise")
     read.set_ylabel("read: own caption among 21, %")
     for axes in (drawn, read):

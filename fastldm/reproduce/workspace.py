@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ class Workspace:
 
     folder: Path
     progress: bool = True
-    started: set[str] = field(default_factory=set)
 
     def trained(
         self,
@@ -59,9 +58,7 @@ class Workspace:
         return model, seconds
 
     def fresh(self, name: str) -> Path:
-        """A folder below this one, which an earlier call of this process may have made, empty at first."""
+        """A folder below this one without what an earlier call left in it."""
         folder = self.folder / "runs" / name
-        if name not in self.started:
-            shutil.rmtree(folder, ignore_errors=True)
-            self.started.add(name)
+        shutil.rmtree(folder, ignore_errors=True)
         return folder
