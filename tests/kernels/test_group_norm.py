@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from fastldm import ops
 from fastldm.errors import UnsupportedError
-from fastldm.testing import assert_as_accurate, live_backends, plain_group_norm, poisoned_memory
+from fastldm.testing import assert_as_accurate, live_backends, poisoned_memory
+from fastldm.testing.group_norm import assert_group_norm, plain_gradients
 from fastldm.testing.inputs import group_norm_inputs
 from fastldm.testing.shapes import GROUP_NORM_LAYERS, GroupNormShape
 
@@ -73,31 +74,10 @@ def kernels(inputs, num_groups, activation, forward=forward, backward=backward, 
     return {name: value.cpu() for name, value in found.items() if name in ("y", *inputs)}
 
 
-def autograd(function, inputs, num_groups, activation):
-    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items() if name != "grad"}
-    x, *parameters = leaves.values()
-    named = dict(zip(list(leaves)[1:], parameters))
-    out = function(x, num_groups, **named, activation=activation)
-    return {"y": out.detach(), **dict(zip(leaves, torch.autograd.grad(out, leaves.values(), inputs["grad"])))}
-
-
 def check(inputs, num_groups, activation="silu", exact=False, **functions):
     """The kernels by the error rule, against float64 autograd; `exact`: with no more error than rounding."""
     results = kernels(inputs, num_groups, activation, **functions)
-    contiguous = {name: value.contiguous() for name, value in inputs.items()}
-    doubles = {name: value.double() for name, value in contiguous.items()}
-    truth = autograd(plain_group_norm, doubles, num_groups, activation)
-    if exact:
-        plain = {name: value.to(inputs["x"].dtype) for name, value in truth.items()}
-    else:
-        plain = autograd(plain_group_norm, contiguous, num_groups, activation)
-    x = inputs["x"]
-    terms = max(x[0].numel() // num_groups, x.numel() // x.shape[1])
-    for name, result in results.items():
-        assert result.dtype == inputs["x" if name == "y" else name].dtype
-        assert_as_accurate(result, truth[name], plain[name], name, terms=terms)
-    for result in (results["y"], results["x"]):
-        assert result.stride() == torch.empty_like(x).stride()
+    assert_group_norm(results, inputs, num_groups, activation, exact=exact)
     return results
 
 
@@ -292,9 +272,9 @@ def test_float16_near_overflow(layout, way):
     inputs["channel_bias"] = inputs["channel_bias"].sign() * 1e4
     with Forced(WAYS[way]):
         results = kernels(inputs, 3, None)
-    truth = autograd(plain_group_norm, {n: v.double() for n, v in inputs.items()}, 3, None)
+    truth = plain_gradients({n: v.double() for n, v in inputs.items()}, 3, None)
     # Plain float16 overflows here, so plain float32 says what error is fair.
-    plain = autograd(plain_group_norm, {n: v.float() for n, v in inputs.items()}, 3, None)
+    plain = plain_gradients({n: v.float() for n, v in inputs.items()}, 3, None)
     for name, result in results.items():
         assert_as_accurate(result, truth[name], plain[name].half(), name, terms=810)
 
