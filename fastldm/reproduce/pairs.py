@@ -15,6 +15,7 @@ from fastldm.evaluation.shapes_grader import Grade, compare, grade
 from fastldm.evaluation.statistics import Score, mean
 from fastldm.pictures import grid
 from fastldm.reproduce.workspace import Workspace
+from fastldm.systems.glide import GlidePipeline
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 from fastldm.training.config import LatentDiffusionConfig
 from fastldm.training.data import derive_seed
@@ -72,7 +73,7 @@ def repeated(pairs: Sequence[Pair], times: int) -> list[Pair]:
 
 
 def sample(
-    pipeline: LatentDiffusionPipeline,
+    pipeline: LatentDiffusionPipeline | GlidePipeline,
     wanted: Sequence[Pair],
     call: Callable[[Sequence[Pair]], Mapping[str, Any]],
     *,
@@ -83,7 +84,8 @@ def sample(
     """One picture per pair, from noise that depends on `seed` and the pair's place in `wanted` only.
 
     Args:
-        call: the arguments of the pipeline for some of the pairs, its `prompt` among them.
+        call: the arguments of the pipeline for some of the pairs, its `prompt` among them. They may set the
+            number of steps, which is `STEPS`.
     """
     samples = []
     with tqdm(total=len(wanted), desc=description, unit="picture", disable=None if progress else True) as bar:
@@ -91,8 +93,7 @@ def sample(
             some = wanted[start : start + _BATCH]
             seeds = [derive_seed(seed, start + i) for i in range(len(some))]
             images = pipeline(
-                **call(some),
-                num_inference_steps=STEPS,
+                **{"num_inference_steps": STEPS, **call(some)},
                 generator=[torch.Generator().manual_seed(s) for s in seeds],
                 progress=False,
             ).images

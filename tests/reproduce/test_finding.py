@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fastldm.evaluation.shapes_grader import grade
 from fastldm.evaluation.statistics import Score
 from fastldm.reproduce import CLAIMS, pairs, reproduce
 from fastldm.reproduce.finding import Finding, Measurement, judge, says
+from fastldm.training.data import derive_seed
 from fastldm.training.datasets.shapes import PLACES, SEEN_PAIRS, SIZES, Object, Scene, render
 
 
@@ -107,6 +109,24 @@ def test_samples_are_graded_by_what_was_asked():
     assert wrong.right == {"count": True, "colour": False, "shape": True, "all": False}
     assert pairs.score([right, wrong]) == Score(1, 2)
     assert pairs.score([right, wrong], "shape") == Score(2, 2)
+
+
+def test_every_picture_has_noise_of_its_own_whatever_its_batch():
+    calls = []
+
+    def pipeline(prompt, generator, **options):
+        calls.append([g.initial_seed() for g in generator])
+        return SimpleNamespace(images=[render(pairs.scene_of(pair), 0) for pair in prompt])
+
+    wanted = pairs.repeated(SEEN_PAIRS, 7)
+    samples = pairs.sample(
+        pipeline, wanted, lambda some: {"prompt": some}, seed=3, description="", progress=False
+    )
+    assert [s.pair for s in samples] == wanted
+    seeds = [seed for call in calls for seed in call]
+    assert len(calls) > 2
+    assert len(set(seeds)) == len(wanted)
+    assert seeds == [derive_seed(3, index) for index in range(len(wanted))]
 
 
 def test_diversity_is_the_probability_that_two_right_pictures_differ():
