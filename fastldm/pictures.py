@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+
+from fastldm.checks import described
+from fastldm.errors import InputError
 
 _INK = (30, 30, 30)
 _PAPER = (255, 255, 255)
@@ -20,6 +24,19 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Float pictures (B, 3, H, W) in [-1, 1] to 8-bit RGB."""
     pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).cpu().contiguous()]
+
+
+def as_pictures(name: str, given: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
+    """PIL image(s) as a list; InputError for anything else, for none, and for one without pixels."""
+    pictures: Any = [given] if isinstance(given, Image.Image) else given
+    listed = isinstance(pictures, Sequence) and not isinstance(pictures, str)
+    if not listed or not pictures or not all(isinstance(p, Image.Image) for p in pictures):
+        what = f"a {type(given).__name__} of {len(given)}" if listed else described(given)
+        raise InputError(f"{name} must be a PIL image, a list of them, or a tensor (B, C, H, W), not {what}")
+    for picture in pictures:
+        if 0 in picture.size:
+            raise InputError(f"{name}: a picture of {picture.width}x{picture.height} pixels shows nothing")
+    return list(pictures)
 
 
 def from_pil(pictures: Sequence[Image.Image], size: int) -> torch.Tensor:

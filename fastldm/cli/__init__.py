@@ -7,7 +7,6 @@ that `fastldm --help` answers at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import re
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastldm._version import __version__
+from fastldm.checks import did_you_mean
 from fastldm.errors import FastLDMError
 
 _COMMANDS = {
@@ -41,9 +41,8 @@ class _Parser(argparse.ArgumentParser):
         word = unknown[1].split("=")[0] if unknown else choice[1] if choice else ""
         if choice:
             known = re.findall(r"[\w-]+", choice[2])
-        close = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(close)}?" if close else f"; see {self.prog} --help"
-        print(f"fastldm: error: {' '.join(message.split())}{hint}", file=sys.stderr)
+        hint = did_you_mean(word, known, f"see {self.prog} --help")
+        print(f"fastldm: error: {' '.join(message.split())}; {hint}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastldm.checks import with_article
 from fastldm.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="shapes",
+        type=folder_name,
         metavar="NAME|FOLDER",
         help="a shipped model or the folder of a saved one (default: %(default)s)",
     )
@@ -49,7 +51,8 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 
 
 def load_pipeline(arguments: argparse.Namespace) -> LatentDiffusionPipeline | GlidePipeline:
-    """The pipeline that --model names, of its own class, on --device, with --sampler."""
+    """The pipeline that --model names, of its own class, on --device, with --sampler; for a command that has
+    --upsampler, joined with that."""
     import torch
 
     import fastldm
@@ -59,7 +62,16 @@ def load_pipeline(arguments: argparse.Namespace) -> LatentDiffusionPipeline | Gl
         raise InputError(f"--seed {arguments.seed}: give 0 or more, below 2^63")
     index = folders.read_index(folders.find_pipeline(arguments.model))
     glide = index.get("_class_name") == GlidePipeline.__name__
-    pipeline = (GlidePipeline if glide else LatentDiffusionPipeline).from_pretrained(arguments.model)
+    upsampler = getattr(arguments, "upsampler", None)
+    if upsampler is not None and not glide:
+        raise InputError(
+            f"--upsampler is for a base of `fastldm train glide`, but --model {arguments.model} is "
+            f"{with_article(str(index.get('_class_name')))}"
+        )
+    if upsampler is not None:
+        pipeline = GlidePipeline.from_parts(arguments.model, upsampler)
+    else:
+        pipeline = (GlidePipeline if glide else LatentDiffusionPipeline).from_pretrained(arguments.model)
     if arguments.sampler not in (None, pipeline.sampler):
         pipeline.sampler, pipeline.karras = arguments.sampler, False
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,6 +102,13 @@ def check_png(path: Path) -> None:
     """Raise InputError for a picture's file name with the ending of another format."""
     if path.suffix.lower() not in ("", ".png"):
         raise InputError(f"--out {path}: pictures are written as PNG; end the name in .png")
+
+
+def folder_name(text: str) -> str:
+    """The value of a flag that names a folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty; give a folder")
+    return text
 
 
 def finite_scale(text: str) -> float:

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from fastldm.checks import with_article
 from fastldm.cli.common import (
     add_model_arguments,
     check_writable,
@@ -56,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
         pipeline = load_pipeline(arguments)
         if not isinstance(pipeline, LatentDiffusionPipeline):
             raise InputError(
-                f"--model {arguments.model} is a {type(pipeline).__name__}; give one of latent diffusion"
+                f"--model {arguments.model} is {with_article(type(pipeline).__name__)}; give one of latent "
+                "diffusion"
             )
         report = evaluate(
             pipeline,

@@ -12,6 +12,7 @@ from fastldm.cli.common import (
     check_png,
     check_writable,
     finite_scale,
+    folder_name,
     load_pipeline,
     use_backend,
     write_file,
@@ -36,7 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Karras spacing of noise levels (euler, heun, dpmpp_2m, unipc, ...; default: the model's)",
     )
     parser.add_argument(
-        "--clip", metavar="FOLDER", help="a CLIP whose gradient guides to the captions (`fastldm train clip`)"
+        "--upsampler",
+        type=folder_name,
+        metavar="FOLDER",
+        help="GLIDE: an upsampler for the pictures of --model, a base (`fastldm train glide`)",
+    )
+    parser.add_argument(
+        "--clip",
+        type=folder_name,
+        metavar="FOLDER",
+        help="a CLIP whose gradient guides to the captions (`fastldm train clip`)",
     )
     parser.add_argument(
         "--clip-scale", type=finite_scale, metavar="S", help="multiplies the gradient of --clip (default: 1)"
@@ -80,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
                 generator=torch.Generator().manual_seed(arguments.seed),
                 progress=sys.stderr.isatty(),
                 gradient=guide,
-                gradient_scale=1.0 if arguments.clip_scale is None else arguments.clip_scale,
+                gradient_scale=arguments.clip_scale,
             ).images
         sampled = time.perf_counter()
     if len(images) == 1:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastldm.checks import is_fraction, is_number
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.diffusion.variance import split_variance
 from fastldm.errors import InputError
@@ -46,8 +48,7 @@ def classifier_free(
             null conditions, or the two kinds of conditions do not match.
     """
     scale = finite("guidance scale", scale)
-    if not 0 <= rescale <= 1:
-        raise InputError(f"guidance_rescale={rescale}: use a value between 0 and 1")
+    rescale = fraction("guidance_rescale", rescale)
     if scale == 1:
         return lambda x, t: model(x, t, **conditions)
     if null_conditions is None:
@@ -76,7 +77,11 @@ def rescale_guidance(guided: Tensor, conditional: Tensor, strength: float) -> Te
     """Bring the guided output back to the conditional one's standard deviation, per sample.
 
     Lin et al. 2023, section 3.4, eq. 15 and 16: strength 0 leaves `guided`, 1 replaces it. Shapes (B, ...).
+
+    Raises:
+        InputError: for a strength outside [0, 1].
     """
+    strength = fraction("strength", strength)
     dims = tuple(range(1, guided.ndim))
     ratio = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
     return strength * (guided * ratio) + (1 - strength) * guided
@@ -242,7 +247,11 @@ def drop_condition(
         condition: prepared conditions (B, ...): token ids, labels or pictures.
         null: the null condition, broadcastable to `condition`.
         generator: on any device; the draws are made on its device (the CPU's default one if None).
+
+    Raises:
+        InputError: for a probability outside [0, 1].
     """
+    probability = fraction("probability", probability)
     device = generator.device if generator is not None else "cpu"
     draws = torch.rand(condition.shape[0], generator=generator, device=device)
     drop = (draws < probability).to(condition.device).reshape(-1, *[1] * (condition.ndim - 1))
@@ -250,11 +259,23 @@ def drop_condition(
 
 
 def finite(name: str, value: float | Tensor) -> float:
-    """`value` as a float, which must be finite."""
-    number = float(value)
-    if not math.isfinite(number):
-        raise InputError(f"{name}={number}: give a finite number, such as 2.0")
-    return number
+    """`value` as a float; InputError unless it is a finite number, or a tensor of one."""
+    number = _item(value)
+    if not is_number(number):
+        raise InputError(f"{name}={number!r}: give a finite number, such as 2.0")
+    return float(number)
+
+
+def fraction(name: str, value: float | Tensor) -> float:
+    """`value` as a float; InputError unless it is a number from 0 to 1, or a tensor of one."""
+    number = _item(value)
+    if not is_fraction(number):
+        raise InputError(f"{name}={number!r}: use a value between 0 and 1")
+    return float(number)
+
+
+def _item(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _shape(condition: Tensor | None) -> tuple[int, ...] | None:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastldm.checks import did_you_mean
 from fastldm.errors import ConfigError
 
 
@@ -161,9 +162,9 @@ def schedule_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     known = _KNOWN if named else {*own, *settings}
     if unknown := sorted(set(given) - known):
-        raise ConfigError(
-            f"unknown scheduler field(s) {', '.join(unknown)}; known: {', '.join(sorted({*own, *settings}))}"
-        )
+        accepted = f"known: {', '.join(sorted({*own, *settings}))}"
+        hint = did_you_mean(unknown[0], {*own, *settings}, accepted)
+        raise ConfigError(f"unknown scheduler field(s) {', '.join(unknown)}; {hint}")
     values = {**scheduler.defaults, **given}
     for name, accepted in settings.items():
         if name in values and values[name] not in accepted:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastldm.checks import is_count
 from fastldm.diffusion import predictions, scheduler_config
 from fastldm.errors import ConfigError, InputError
 
@@ -247,9 +248,9 @@ class NoiseSchedule:
         total, count = self.num_train_timesteps, num_inference_steps
         spacing = self.timestep_spacing if spacing is None else spacing
         offset = self.steps_offset if steps_offset is None else steps_offset
-        if not isinstance(count, (int, np.integer)) or not 1 <= count <= total:
+        if not is_count(count) or count > total:
             raise InputError(
-                f"num_inference_steps={count}: the model was trained on {total} steps; use 1 to {total}"
+                f"num_inference_steps={count!r}: the model was trained on {total} steps; use 1 to {total}"
             )
         if spacing == "leading":
             steps = np.arange(count)[::-1] * (total // count) + offset

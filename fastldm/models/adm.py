@@ -126,11 +126,6 @@ class ADMNetwork(Model):
     def _levels(self) -> tuple[list[int], set[int]]:
         """The width of each level, and the levels with attention."""
         config = self.config
-        for name in ("channel_mult", "attention_resolutions"):
-            if isinstance(config[name], str):
-                raise ConfigError(
-                    f"{name}={config[name]!r}: give numbers; '32,16,8' on the command line is (32, 16, 8)"
-                )
         widths = [int(factor * config.model_channels) for factor in config.channel_mult]
         if not widths or any(width < 1 or width % GROUPS for width in widths):
             raise ConfigError(

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import re
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from fastldm.checks import did_you_mean, is_of_type, type_in_words, with_article
 from fastldm.errors import CheckpointError, ConfigError
 from fastldm.io import atomic_write
 from fastldm.models import weights
@@ -61,7 +63,8 @@ def configurable(init: Callable[..., None]) -> Callable[..., None]:
     """Decorate a model's `__init__`: its arguments, defaults included, become `self.config`.
 
     Keywords that the model does not take are checked against `peer_defaults`, so that a peer's whole
-    configuration can be passed as it is; anything else raises `ConfigError`.
+    configuration can be passed as it is; anything else raises `ConfigError`, and so does a value of another
+    type than its argument is annotated with.
     """
     signature = inspect.signature(init)
 
@@ -73,6 +76,7 @@ def configurable(init: Callable[..., None]) -> Callable[..., None]:
             bound = signature.bind(self, *args, **kwargs)
         except TypeError as error:
             raise ConfigError(f"{type(self).__name__}: {error}") from None
+        _check_types(type(self), typing.get_type_hints(init), bound.arguments)
         bound.apply_defaults()
         values = dict(bound.arguments)
         del values[next(iter(signature.parameters))]
@@ -124,7 +128,8 @@ class Model(nn.Module):
         peer_class = config.get("_class_name", cls.__name__)
         if peer_class != cls.__name__:
             raise ConfigError(
-                f"the configuration is of a {peer_class}, not of a {cls.__name__}; load it with that class"
+                f"the configuration is of {with_article(peer_class)}, not of {with_article(cls.__name__)}; "
+                "load it with that class"
             )
         ignored = cls.ignored_config_keys
         fields = {k: v for k, v in config.items() if not k.startswith("_") and k not in ignored}
@@ -228,12 +233,21 @@ class Model(nn.Module):
     def _check_foreign_field(cls, name: str, value: Any) -> None:
         """Accept a peer's field at its default; `ConfigError` for another value or an unknown field."""
         if name not in cls.peer_defaults:
-            raise ConfigError(
-                f"{cls.__name__} has no configuration field {name!r} (given {value!r}); remove it"
-            )
+            known = [field for field in inspect.signature(cls.__init__).parameters if field != "self"]
+            hint = did_you_mean(name, known, "remove it")
+            raise ConfigError(f"{cls.__name__} has no configuration field {name!r} (given {value!r}); {hint}")
         if value != cls.peer_defaults[name]:
             raise ConfigError(
                 f"{cls.__name__} supports {name} only at {cls.peer_defaults[name]!r}, and {value!r} was given"
+            )
+
+
+def _check_types(cls: type[Model], hints: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if name in hints and not is_of_type(value, hints[name]):
+            raise ConfigError(
+                f"no {cls.__name__} can be built from this configuration: {name} takes "
+                f"{type_in_words(hints[name])}, got {value!r}"
             )
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastldm.errors import ConfigError, InputError
+from fastldm.errors import InputError
 from fastldm.models.base import Model, configurable
 from fastldm.models.clip_towers import BOOKKEEPING, CLIPTextModel, CLIPTowerOutput, CLIPVisionModel
 from fastldm.models.outputs import Output
@@ -94,9 +94,6 @@ class CLIPModel(Model):
         initializer_factor: float = 1.0,
     ) -> None:
         super().__init__()
-        for name, config in (("text_config", text_config), ("vision_config", vision_config)):
-            if not isinstance(config, Mapping | None):
-                raise ConfigError(f"{name} must hold fields of its own, not {config!r}")
         self.text_model = CLIPTextModel.from_config(text_config or {})
         self.vision_model = CLIPVisionModel.from_config(vision_config or {})
         text_width, vision_width = self.text_model.config.hidden_size, self.vision_model.config.hidden_size

@@ -64,7 +64,8 @@ def load_openai_clip(
     """A CLIPModel, in evaluation mode, from a file of OpenAI's layout.
 
     Args:
-        path: .safetensors, a pickled state_dict, or a TorchScript archive such as OpenAI's .pt files.
+        path: .safetensors, a pickled state_dict, a checkpoint of OpenCLIP's training that holds one, or a
+            TorchScript archive such as OpenAI's .pt files.
         torch_dtype: of the parameters; None = float32 whatever is stored.
         how: see `from_openai_state_dict`.
 
@@ -98,10 +99,12 @@ def from_openai_state_dict(
         CheckpointError: weights of another layout, such as CLIP with a ResNet.
         ConfigError: heads that do not fit.
     """
-    state = {key: tensor for key, tensor in state.items() if key not in _EXTRA}
+    state = {key: tensor for key, tensor in _bare(state).items() if key not in _EXTRA}
     if "visual.conv1.weight" not in state or "visual.class_embedding" not in state:
         resnet = any(key.startswith("visual.layer1.") for key in state)
         kind = "CLIP with a ResNet" if resnet else "another layout"
+        if "vision_model.embeddings.class_embedding" in state:
+            kind = "transformers' layout, whose folders CLIPModel.from_pretrained loads"
         raise CheckpointError(
             f"{source} is of {kind}; give OpenAI's layout of CLIP with a vision transformer (visual.conv1, "
             "visual.class_embedding, ...)"
@@ -110,6 +113,8 @@ def from_openai_state_dict(
         config = _config(state, hidden_act, vision_heads, text_heads)
     except KeyError as error:
         raise CheckpointError(f"{source} does not fit CLIP: {error.args[0]} is missing") from None
+    except (ValueError, IndexError):
+        raise CheckpointError(f"{source} does not fit CLIP: its weights have other dimensions") from None
     with SkipInit():
         model = CLIPModel.from_config(config)
     model.load_checked(_to_ours(state), source=source)
@@ -164,6 +169,12 @@ def _to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             ours[prefix + _renamed(rest, _LAYERS)] = tensor
     return ours
+
+
+def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what OpenCLIP puts before keys: `module.` in training on several devices, and `text.` where the
+    text tower is a module of its own."""
+    return {key.removeprefix("module.").removeprefix("text."): value for key, value in state.items()}
 
 
 def _renamed(key: str, names: Mapping[str, str]) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastldm.errors import CheckpointError, InputError
 from fastldm.io import atomic_write
 from fastldm.models import bpe
+from fastldm.models.captions import as_captions
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -118,13 +119,10 @@ class CLIPTokenizer:
         Raises:
             InputError: for something that is not text.
         """
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        rows = [self._encode(caption) for caption in captions]
+        rows = [self._encode(caption) for caption in as_captions("captions", captions, at_least=0)]
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
 
     def _encode(self, caption: str) -> list[int]:
-        if not isinstance(caption, str):
-            raise InputError(f"a caption must be text, not {type(caption).__name__}")
         encoding = self.backend.encode(caption)
         ids, room = encoding.ids, self.max_length - 2
         if len(ids) > room:

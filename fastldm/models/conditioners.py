@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastldm.checks import described
 from fastldm.errors import ConfigError, InputError
 from fastldm.models.base import Model, configurable
+from fastldm.models.captions import as_captions
 from fastldm.models.text_transformer import LDMBertModel
 from fastldm.models.tokenizer import Tokenizer
 
@@ -65,11 +67,7 @@ class TextConditioner(nn.Module):
 
     def prepare(self, raw: str | Sequence[str]) -> Tensor:
         """Caption(s) to token ids, int64 (B, S); "" is the null caption. See `Tokenizer`."""
-        if not isinstance(raw, str) and not (
-            isinstance(raw, Sequence) and all(isinstance(caption, str) for caption in raw)
-        ):
-            raise InputError(f"the prompt must be a caption or a list of captions, not {type(raw).__name__}")
-        return self.tokenizer(raw)
+        return self.tokenizer(as_captions("prompt", raw, at_least=0))
 
     def forward(self, ids: Tensor) -> Conditioning:
         return Conditioning(context=self.text_encoder(ids).last_hidden_state)
@@ -149,9 +147,9 @@ class SpatialConditioner(Model):
     def prepare(self, raw: Tensor) -> Tensor:
         """One picture (C, H, W) or a batch (B, C, H, W), in [-1, 1] or one-hot, to float32 (B, C, H, W)."""
         channels = self.config.in_channels
-        if not isinstance(raw, Tensor) or raw.ndim not in (3, 4) or raw.shape[-3] != channels:
-            given = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-            raise InputError(f"the condition must be a tensor (B, {channels}, H, W), not {given}")
+        fits = isinstance(raw, Tensor) and raw.ndim in (3, 4) and raw.shape[-3] == channels
+        if not fits or 0 in raw.shape[-2:]:
+            raise InputError(f"the condition must be a tensor (B, {channels}, H, W), not {described(raw)}")
         return raw.float().reshape(-1, *raw.shape[-3:])
 
     def forward(self, images: Tensor) -> Conditioning:

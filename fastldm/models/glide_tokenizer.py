@@ -20,6 +20,7 @@ from torch import Tensor
 from fastldm.errors import CheckpointError, InputError
 from fastldm.io import atomic_write
 from fastldm.models import bpe
+from fastldm.models.captions import as_captions
 
 EOS = "<|endoftext|>"
 
@@ -100,8 +101,7 @@ class GlideTokenizer:
         Raises:
             InputError: for something that is not text.
         """
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        rows = [self._encode(caption) for caption in captions]
+        rows = [self._encode(caption) for caption in as_captions("captions", captions, at_least=0)]
         tokens = torch.full((len(rows), self.text_ctx), self.eos_token_id)
         mask = torch.zeros(tokens.shape, dtype=torch.bool)
         for i, row in enumerate(rows):
@@ -110,8 +110,6 @@ class GlideTokenizer:
         return tokens, mask
 
     def _encode(self, caption: str) -> list[int]:
-        if not isinstance(caption, str):
-            raise InputError(f"a caption must be text, not {type(caption).__name__}")
         # Python's lower case is GLIDE's: that of `tokenizers` knows no final sigma.
         caption = caption.lower()
         encoding = self.backend.encode(caption)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastldm.errors import CheckpointError, InputError
 from fastldm.io import atomic_write
+from fastldm.models.captions import as_captions
 
 PAD, CLS, SEP, UNK = SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 
@@ -106,13 +107,10 @@ class Tokenizer:
         Raises:
             InputError: for something that is not text, for unknown words, for a caption of punctuation only.
         """
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        rows = [self._encode(caption) for caption in captions]
+        rows = [self._encode(caption) for caption in as_captions("captions", captions, at_least=0)]
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
 
     def _encode(self, caption: str) -> list[int]:
-        if not isinstance(caption, str):
-            raise InputError(f"a caption must be text, not {type(caption).__name__}")
         encoding = self.backend.encode(caption, add_special_tokens=False)
         self._refuse_unknown(caption, encoding)
         if caption.strip() and not encoding.ids:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fastldm.checks import with_article
 from fastldm.errors import CheckpointError
 from fastldm.io import atomic_file
 
@@ -45,6 +46,8 @@ class SkipInit(TorchFunctionMode):
 
 def resolve_folder(path: str | os.PathLike, subfolder: str | None, config_name: str) -> Path:
     """The local folder that holds `config_name`, fetched from the hub where `path` is a name there."""
+    if not os.fspath(path):
+        raise CheckpointError("the name of the model is empty; give the folder of a saved model")
     folder = Path(path)
     if not folder.exists():
         folder = _fetch(os.fspath(path), subfolder)
@@ -79,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a JSON object")
+        raise CheckpointError(f"{path} holds {with_article(type(content).__name__)}, not a JSON object")
     return content
 
 
@@ -145,9 +148,36 @@ def _read_file(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         # Files from before PyTorch 1.6 are no archives, and cannot be mapped.
         mapped = zipfile.is_zipfile(path)
         pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        return {key: _own(tensor, dtype) for key, tensor in pickled.items()}
     except Exception as error:  # a truncated or foreign file fails in as many ways as there are readers
-        raise CheckpointError(f"cannot read the weights in {path}: {error}") from error
+        raise CheckpointError(f"cannot read the weights in {path}: {_reason(path, error)}") from error
+    return {key: _own(tensor, dtype) for key, tensor in _tensors_of(pickled, path).items()}
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a file of weights could not be read, in the place of its reader's own words."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it is a pickle of more than tensors ({foreign[1]}); save model.state_dict() alone"
+    if path.stat().st_size == 0:
+        return "the file is empty"
+    kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
+    return f"it is no {kind} file, or not a whole one; get it again"
+
+
+def _tensors_of(pickled: Any, path: Path) -> Mapping[str, torch.Tensor]:
+    """The weights in what a file held: tensors by name, or these under `state_dict`, as trainers do."""
+    if isinstance(pickled, Mapping) and isinstance(pickled.get("state_dict"), Mapping):
+        pickled = pickled["state_dict"]
+    if not isinstance(pickled, Mapping):
+        raise CheckpointError(f"{path} holds {with_article(type(pickled).__name__)}, not tensors by name")
+    for key, value in pickled.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{path} holds {with_article(type(value).__name__)} under {key!r}, where weights are tensors "
+                "by name; save model.state_dict() alone"
+            )
+    return pickled
 
 
 def _own(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

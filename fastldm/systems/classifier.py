@@ -79,12 +79,10 @@ class ClassifierGuide:
             timestep: one number, or (B,).
 
         Raises:
-            InputError: for x of another shape.
+            InputError: for x of another shape, or a timestep outside the schedule.
         """
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.space.shape:
-            kind = "pictures" if self.space.latents is None else "latents"
-            raise InputError(f"x is {tuple(x.shape)}, but this classifier takes {kind} {self.space.shape}")
-        return self._logits(x, torch.as_tensor(timestep)).softmax(dim=-1)
+        self.space.check_x(x)
+        return self._logits(x, self.space.checked_timestep(timestep, len(x))).softmax(dim=-1)
 
     def gradient(self, labels: int | str | Sequence[int | str] | Tensor) -> Guide:
         """The gradient of log p(label | x_t), to guide diffusion (`classifier_gradient`).
@@ -110,6 +108,8 @@ class ClassifierGuide:
             labels = labels.tolist()
         single = isinstance(labels, str) or not isinstance(labels, Sequence)
         labels = [labels] if single else list(labels)
+        if not labels:
+            raise InputError(f"there is no label; give at least one of {len(self.classes)} classes")
         known = {name: i for i, name in enumerate(self.classes)}
         indices = []
         for label in labels:

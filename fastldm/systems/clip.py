@@ -15,13 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastldm.checks import described
 from fastldm.diffusion.guidance import Gradient, clip_gradient
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
 from fastldm.io import atomic_write
+from fastldm.models.captions import as_captions
 from fastldm.models.clip import CLIPModel, contrastive_loss, normalised
 from fastldm.models.clip_tokenizer import CLIPTokenizer
 from fastldm.models.weights import read_json, resolve_folder
+from fastldm.pictures import as_pictures
 from fastldm.systems.guides import Guide, GuideSpace, Latents, read_latents, read_schedule
 
 # Of the pictures that OpenAI trained on, per channel of [0, 1].
@@ -89,8 +92,12 @@ class CLIPScorer:
             raise ConfigError(
                 f"{len(image_mean)} means and {len(image_std)} deviations for {vision.num_channels} channels"
             )
-        if schedule is not None and not vision.timestep_conditioning:
-            raise ConfigError("a noise schedule is for an image tower with timestep_conditioning=True")
+        if (schedule is not None) != vision.timestep_conditioning:
+            raise ConfigError(
+                "an image tower with timestep_conditioning=True goes with the noise schedule it was trained "
+                f"on, any other with none: timestep_conditioning={vision.timestep_conditioning}, and a "
+                f"schedule is {'missing' if schedule is None else 'given'}"
+            )
         self.model, self.tokenizer, self.schedule, self.latents = model, tokenizer, schedule, latents
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
 
@@ -115,17 +122,15 @@ class CLIPScorer:
                 f"this CLIP takes latents {self.space.shape}, not pictures; give `pipeline.encode(pictures)` "
                 "of the pipeline that it was trained to guide"
             )
-        if isinstance(pictures, Image.Image):
-            pictures = [pictures]
         if isinstance(pictures, Tensor):
-            if pictures.ndim != 4 or not pictures.is_floating_point():
-                shape = tuple(pictures.shape)
-                raise InputError(f"pictures {shape}, {pictures.dtype}: give float (B, C, H, W) in [-1, 1]")
+            if pictures.ndim != 4 or not len(pictures) or not pictures.is_floating_point():
+                raise InputError(
+                    f"pictures are {described(pictures)}: give float (B, C, H, W) in [-1, 1], at least one"
+                )
             unit = (pictures.float() + 1) / 2
         else:
-            if not all(isinstance(picture, Image.Image) for picture in pictures) or not len(pictures):
-                raise InputError("pictures must be PIL images, at least one, or a tensor (B, C, H, W)")
-            unit = torch.stack([_to_unit(p, self.model.vision_model.config.image_size) for p in pictures])
+            side = self.model.vision_model.config.image_size
+            unit = torch.stack([_to_unit(p, side) for p in as_pictures("pictures", pictures)])
         unit = unit.to(self.model.device)
         mean, std = (unit.new_tensor(v)[:, None, None] for v in (self.image_mean, self.image_std))
         if unit.shape[1] != len(mean):
@@ -136,14 +141,25 @@ class CLIPScorer:
     def encode_images(
         self, pictures: Image.Image | Sequence[Image.Image] | Tensor, timestep: Tensor | int | None = None
     ) -> Tensor:
-        """Unit vectors, float32 (B, projection_dim). `timestep`: see `CLIPVisionModel.forward`."""
-        features = self.model.get_image_features(self.prepare(pictures), timestep)
+        """Unit vectors, float32 (B, projection_dim).
+
+        Args:
+            pictures: see `prepare`.
+            timestep: of noised CLIP, which needs it, and of no other: how noisy the pictures are, one number
+                or (B,); 0 for pictures without noise.
+
+        Raises:
+            InputError: for pictures or a timestep that the model does not take.
+        """
+        prepared = self.prepare(pictures)
+        timestep = self.space.checked_timestep(timestep, len(prepared))
+        features = self.model.get_image_features(prepared, timestep)
         return normalised(features.pooler_output.float())
 
     @torch.no_grad()
     def encode_texts(self, captions: str | Sequence[str]) -> Tensor:
         """Unit vectors, float32 (B, projection_dim)."""
-        ids = self.tokenizer(captions).to(self.model.device)
+        ids = self.tokenizer(as_captions("captions", captions)).to(self.model.device)
         return normalised(self.model.get_text_features(ids).pooler_output.float())
 
     @torch.no_grad()
@@ -155,7 +171,7 @@ class CLIPScorer:
     ) -> Tensor:
         """exp(logit_scale) times the cosine of every picture with every caption, float32 (B_i, B_t).
 
-        A softmax over the captions gives how probable each is among them.
+        A softmax over the captions gives how probable each is among them. For `timestep` see `encode_images`.
         """
         similarity = self.encode_images(pictures, timestep) @ self.encode_texts(captions).T
         return similarity * self.model.logit_scale.float().exp()
@@ -173,14 +189,18 @@ class CLIPScorer:
             labels: one caption or name per class.
             templates: such as "a photo of a {}."; a class is the mean of the vectors of its captions, made
                 unit again (section 3.1.4).
+            pictures, timestep: see `encode_images`.
 
         Raises:
-            InputError: without labels, or for a template without "{}".
+            InputError: without labels, for a template without "{}", and as `encode_images`.
         """
-        if isinstance(labels, str) or not len(labels):
-            raise InputError("labels must be a list of at least one name")
-        if not templates or any("{}" not in template for template in templates):
-            raise InputError(f"templates {list(templates)!r}: each needs {{}} where the label goes")
+        for name, given in (("labels", labels), ("templates", templates)):
+            if isinstance(given, str):
+                raise InputError(f"{name} must be a list of at least one, such as [{given!r}]")
+        labels = as_captions("labels", labels, noun="name")
+        templates = as_captions("templates", templates, noun="template")
+        if any("{}" not in template for template in templates):
+            raise InputError(f"templates {templates!r}: each needs {{}} where the label goes")
         captions = [template.replace("{}", label) for label in labels for template in templates]
         classes = self.encode_texts(captions).unflatten(0, (len(labels), -1)).mean(dim=1)
         with torch.no_grad():

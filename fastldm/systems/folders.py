@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastldm.checks import with_article
 from fastldm.diffusion.scheduler_config import class_of
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError
@@ -73,10 +74,11 @@ def load_part(
         if found in classes:
             return classes[found].from_pretrained(folder, subfolder=name, **(how or {}))
         if found is not None:
-            raise CheckpointError(f"{folder}/{name} is a {found}; fastldm reads {' or '.join(classes)} there")
+            accepted = " or ".join(classes)
+            raise CheckpointError(f"{folder}/{name} is {with_article(found)}; fastldm reads {accepted} there")
     kind = index.get("_class_name", "pipeline")
     raise CheckpointError(
-        f"{folder} (a {kind}) has no part {' or '.join(names)}; a latent diffusion folder holds "
+        f"{folder} ({with_article(kind)}) has no part {' or '.join(names)}; a latent diffusion folder holds "
         "vqvae, unet, scheduler, and bert with tokenizer or conditioner"
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,16 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastldm.diffusion.guidance import Gradient, finite
-from fastldm.diffusion.samplers import SAMPLERS, Generators
+from fastldm.checks import described, is_count, is_number, with_article
+from fastldm.diffusion.guidance import Gradient
+from fastldm.diffusion.samplers import SAMPLERS, Generators, check_generators
 from fastldm.diffusion.scheduler_config import sampler_of
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
 from fastldm.models.adm_configs import GLIDE
+from fastldm.models.captions import as_captions
 from fastldm.models.glide import GlideUNet
 from fastldm.models.glide_tokenizer import GlideTokenizer
 from fastldm.systems import folders
-from fastldm.systems.glide_stage import BASE_NOISE, FAST27, UPSAMPLER_NOISE, GlideStage
+from fastldm.systems.glide_stage import BASE_NOISE, FAST27, PUBLISHED_LOW_RES, UPSAMPLER_NOISE, GlideStage
 from fastldm.systems.guides import Guide, check_gradient
 from fastldm.systems.inpainting import Known, pictures_of, read_known
 from fastldm.systems.sampling import (
@@ -32,7 +33,6 @@ from fastldm.systems.sampling import (
     check_sampler,
     evaluating,
     first_noise,
-    is_count,
     step_callback,
     with_defaults,
 )
@@ -45,6 +45,8 @@ DEFAULTS = {
     "upsampler_temperature": 0.997,
 }
 _CLASS = "GlidePipeline"
+# The key of `model_index.json` for what the upsampler's network does not say.
+_LOW_RES = "_low_res"
 # The folders of each stage's network and schedule.
 _PARTS = {"base": ("unet", "scheduler"), "upsampler": ("upsampler", "upsampler_scheduler")}
 
@@ -110,6 +112,11 @@ class GlidePipeline:
                     f"the base makes pictures {small}, which the upsampler does not enlarge to {large}: the "
                     "channels must be the same, and the size a multiple"
                 )
+            if self.upsampler.low_res not in (None, small[1]):
+                raise ConfigError(
+                    f"the base makes pictures of {small[1]} pixels, but the upsampler was trained to enlarge "
+                    f"those of {self.upsampler.low_res}; train one with low_res={small[1]}"
+                )
 
     @property
     def _stages(self) -> dict[str, GlideStage]:
@@ -159,7 +166,7 @@ class GlidePipeline:
         progress: bool = True,
         karras: bool | None = None,
         gradient: Guide | Gradient | None = None,
-        gradient_scale: float = 1.0,
+        gradient_scale: float | None = None,
         upsampler_steps: int | str | None = None,
         upsampler_temperature: float | None = None,
         upsampler_sampler: str | None = None,
@@ -186,14 +193,15 @@ class GlidePipeline:
             karras: as in `LatentDiffusionPipeline.__call__`.
             gradient: guidance of the base by another model, on top of `guidance_scale`: of a noised CLIP
                 (section 2.4) by `CLIPScorer.gradient(captions)`, of a classifier, or any (x, t) -> gradient.
-            gradient_scale: multiplies the gradient.
+            gradient_scale: multiplies the gradient; None = 1.
             upsampler_steps: a number, or "fast27", glide-text2im's timesteps.
             upsampler_temperature: multiplies the first noise of the upsampler; less is smoother.
             upsampler_sampler: a name as `sampler`. The upsampler is not guided.
             image, mask: see `inpaint`.
 
         Raises:
-            InputError: for anything that cannot be used, before sampling starts.
+            InputError: for anything that cannot be used, before sampling starts. What has no effect is said
+                in a warning.
         """
         if self.base is None:
             raise InputError(
@@ -204,11 +212,20 @@ class GlidePipeline:
         scale = self._or_default("guidance_scale", guidance_scale)
         sampler = sampler or self.sampler
         karras = (self.karras and sampler == self.sampler) if karras is None else karras
-        check_call(output_type, sampler, eta, num_images_per_prompt, scale)
-        gradient_scale = finite("gradient_scale", gradient_scale)
+        check_call(
+            output_type,
+            sampler,
+            guidance_scale=scale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            gradient=gradient,
+            gradient_scale=gradient_scale,
+            callback_on_step_end=callback_on_step_end,
+        )
         levels = self.base.levels(sampler, steps, karras=karras)
-        prompts = _captions("prompt", prompt)
-        negatives = _captions("negative_prompt", "" if negative_prompt is None else negative_prompt)
+        prompts = as_captions("prompt", prompt)
+        negatives = as_captions("negative_prompt", "" if negative_prompt is None else negative_prompt)
         if len(negatives) not in (1, len(prompts)):
             raise InputError(
                 f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one per prompt"
@@ -238,7 +255,7 @@ class GlidePipeline:
                 levels,
                 known=None if known is None else known.shrunk(self.base.shape[-1]),
                 gradient=gradient,
-                gradient_scale=gradient_scale,
+                gradient_scale=1.0 if gradient_scale is None else gradient_scale,
                 eta=eta,
                 generator=generator,
                 callback=step_callback(self, callback_on_step_end),
@@ -295,7 +312,8 @@ class GlidePipeline:
 
         Args:
             prompt: what they show, a caption for each picture.
-            low_res: PIL image(s), made squares of the first one's width; or float (B, C, h, w) in [-1, 1].
+            low_res: PIL image(s), made squares of the side that the upsampler was trained on, or, where that
+                is not known, of the first one's width; or float (B, C, h, w) in [-1, 1].
             image, mask: what is known of the large pictures, see `inpaint`.
 
         The rest is as in a call.
@@ -305,15 +323,16 @@ class GlidePipeline:
         """
         if self.upsampler is None:
             raise InputError("this model has no upsampler; join one by GlidePipeline.from_parts")
-        check_call(output_type, self.sampler, 0.0, 1, 1.0)
-        prompts = _captions("prompt", prompt)
+        check_call(output_type, self.sampler)
+        prompts = as_captions("prompt", prompt)
+        check_generators(generator, len(prompts))
         if not isinstance(low_res, Tensor):
-            low_res = pictures_of("low_res", low_res)
+            low_res = pictures_of("low_res", low_res, self.upsampler.low_res)
         wanted = len(prompts), self.upsampler.shape[0]
         fits = low_res.ndim == 4 and low_res.shape[:2] == wanted and 0 not in low_res.shape
         if not fits or not low_res.is_floating_point():
             raise InputError(
-                f"low_res {tuple(low_res.shape)}, {low_res.dtype}, for {len(prompts)} prompts: give float "
+                f"low_res is {described(low_res)} for {len(prompts)} prompts: give float "
                 f"({wanted[0]}, {wanted[1]}, h, w) in [-1, 1]"
             )
         enlarge = self._upsampling(prompts, 1, upsampler_steps, upsampler_temperature, upsampler_sampler)
@@ -336,7 +355,7 @@ class GlidePipeline:
             raise InputError(
                 f"upsampler_sampler={sampler!r} is not offered; use one of {', '.join(SAMPLERS)}"
             )
-        levels = stage.levels(sampler, self._or_default("upsampler_steps", steps))
+        levels = stage.levels(sampler, self._or_default("upsampler_steps", steps), name="upsampler_steps")
         temperature = self._or_default("upsampler_temperature", temperature)
         _check_temperature(temperature, InputError)
 
@@ -400,6 +419,8 @@ class GlidePipeline:
                 index[scheduler] = ["diffusers", config["_class_name"]]
                 if lost:
                     index[folders.lost_fields(scheduler)] = lost
+                if stage.low_res is not None:
+                    index[_LOW_RES] = stage.low_res
 
     @classmethod
     def from_pretrained(
@@ -418,7 +439,8 @@ class GlidePipeline:
         index = folders.read_index(folder)
         if index.get("_class_name") != _CLASS:
             raise CheckpointError(
-                f"{folder} holds a {index.get('_class_name')}, not a {_CLASS}; load it with that class"
+                f"{folder} holds {with_article(str(index.get('_class_name')))}, not a {_CLASS}; load it with "
+                "that class"
             )
         how = {"torch_dtype": torch_dtype, "variant": variant}
         stages, walks = {}, {}
@@ -428,7 +450,8 @@ class GlidePipeline:
                     continue
                 unet = folders.load_part(folder, index, (network,), {"GlideUNet": GlideUNet}, how)
                 schedule, config = folders.read_scheduler(folder, index, scheduler)
-                stages[name], walks[name] = GlideStage(unet, schedule), sampler_of(config)
+                low_res = index.get(_LOW_RES) if name == "upsampler" else None
+                stages[name], walks[name] = GlideStage(unet, schedule, low_res), sampler_of(config)
             sampler, karras = walks.get("base", ("ddpm", False))
             return cls(
                 GlideTokenizer.from_pretrained(folder, subfolder="tokenizer"),
@@ -464,10 +487,11 @@ class GlidePipeline:
             lacking = "first has no base network" if first.base is None else "second has no upsampler"
             raise ConfigError(f"the {lacking}; give the base first and the upsampler second")
         one, other = first.tokenizer, second.tokenizer
-        if (one.vocab, one.merges) != (other.vocab, other.merges):
+        if (one.vocab, one.merges, one.text_ctx) != (other.vocab, other.merges, other.text_ctx):
             raise ConfigError(
-                "the two were trained with different tokenizers; train the upsampler with `tokenizer` the "
-                "tokenizer folder of the base"
+                f"the two were trained with different tokenizers, of {one.text_ctx} and {other.text_ctx} "
+                "tokens per caption; train the upsampler with `tokenizer` the tokenizer folder of the base, "
+                "and its `max_length`"
             )
         of_second = ("upsampler_steps", "upsampler_temperature")
         return cls(
@@ -512,15 +536,18 @@ class GlidePipeline:
         kind = "_inpaint" if inpaint else ""
         base_fields = GLIDE[f"base{kind}"] if base_config is None else base_config
         upsampler_fields = GLIDE[f"upsample{kind}"] if upsampler_config is None else upsampler_config
+        enlarged = PUBLISHED_LOW_RES if upsampler_config is None else None
         wanted = {
-            "base": (base, base_fields, BASE_NOISE),
-            "upsampler": (upsampler, upsampler_fields, UPSAMPLER_NOISE),
+            "base": (base, base_fields, BASE_NOISE, None),
+            "upsampler": (upsampler, upsampler_fields, UPSAMPLER_NOISE, enlarged),
         }
         stages = {
             name: GlideStage(
-                GlideUNet.from_openai(Path(path), torch_dtype=torch_dtype, **config), NoiseSchedule(**noise)
+                GlideUNet.from_openai(Path(path), torch_dtype=torch_dtype, **config),
+                NoiseSchedule(**noise),
+                low_res,
             )
-            for name, (path, config, noise) in wanted.items()
+            for name, (path, config, noise, low_res) in wanted.items()
             if path is not None
         }
         if not stages:
@@ -532,16 +559,6 @@ class GlidePipeline:
         return cls(tokenizer, stages.get("base"), stages.get("upsampler"))
 
 
-def _captions(name: str, given: Any) -> list[str]:
-    """Caption(s) as a list of at least one."""
-    captions = [given] if isinstance(given, str) else given
-    if not isinstance(captions, Sequence) or not all(isinstance(caption, str) for caption in captions):
-        raise InputError(f"{name} must be a caption or a list of captions, not {type(given).__name__}")
-    if not captions:
-        raise InputError(f"there is no {name}; give at least one")
-    return list(captions)
-
-
 def _check_temperature(value: Any, error: type[Exception]) -> None:
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if not is_number(value) or value < 0:
         raise error(f"upsampler_temperature={value!r}: give a number from 0, such as 0.997")

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastldm.checks import is_count
 from fastldm.diffusion.guidance import Gradient, classifier_free
 from fastldm.diffusion.projection import projected
-from fastldm.diffusion.samplers import NoiseLevels, noise_levels
+from fastldm.diffusion.samplers import MULTISTEP, NoiseLevels, noise_levels
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import ConfigError, InputError
 from fastldm.models.glide import GlideTextOutput, GlideUNet
@@ -25,11 +26,16 @@ BASE_NOISE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", **_PUBLISHED
 """Fields of `NoiseSchedule` for the published base networks."""
 UPSAMPLER_NOISE: dict[str, Any] = {"beta_schedule": "linear", **_PUBLISHED}
 """Fields of `NoiseSchedule` for the published upsamplers."""
+PUBLISHED_LOW_RES = 64
+"""Side of the pictures that these enlarge."""
 
 
 @dataclass(frozen=True)
 class GlideStage:
     """A GlideUNet and its noise schedule.
+
+    Attributes:
+        low_res: side of the small pictures that an upsampler was trained to enlarge; None = not known.
 
     Raises:
         ConfigError: if the two do not fit each other.
@@ -37,6 +43,7 @@ class GlideStage:
 
     unet: GlideUNet
     schedule: NoiseSchedule
+    low_res: int | None = None
 
     def __post_init__(self) -> None:
         config, learned = self.unet.config, self.schedule.variance_type == "learned_range"
@@ -50,6 +57,11 @@ class GlideStage:
                 f"in_channels={config.in_channels} and out_channels={config.out_channels} must be the same: "
                 "the network's output is noise of its input"
             )
+        if self.low_res is not None and not (config.super_res and is_count(self.low_res)):
+            raise ConfigError(
+                f"low_res={self.low_res!r} with super_res={config.super_res}: it is the side of the pictures "
+                "that an upsampler enlarges, in pixels"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -57,8 +69,11 @@ class GlideStage:
         config = self.unet.config
         return config.in_channels, config.image_size, config.image_size
 
-    def levels(self, sampler: str, steps: int | str, *, karras: bool = False) -> NoiseLevels:
-        """Where a walk of so many steps, or of "fast27", stands; see `noise_levels`.
+    def levels(
+        self, sampler: str, steps: int | str, *, karras: bool = False, name: str = "num_inference_steps"
+    ) -> NoiseLevels:
+        """Where a walk of so many steps, or of "fast27", stands; see `noise_levels`. `name` is that
+        of the argument in messages.
 
         Raises:
             InputError: for what the schedule or the sampler does not have.
@@ -68,13 +83,14 @@ class GlideStage:
                 "sampler 'plms' with a schedule that ends at zero SNR: it combines predicted noise, "
                 "which holds no picture there; use another sampler, such as 'ddim'"
             )
-        if not isinstance(steps, str):
-            return noise_levels(self.schedule, sampler, steps, karras=karras)
         if steps != FAST27:
-            raise InputError(f"steps={steps!r}: give a whole number, or {FAST27!r}")
+            most = self.schedule.num_train_timesteps - (sampler in MULTISTEP)
+            if not is_count(steps) or steps > most:
+                raise InputError(f"{name}={steps!r}: use 1 to {most}, a whole number, or {FAST27!r}")
+            return noise_levels(self.schedule, sampler, steps, karras=karras)
         if karras:
             raise InputError(
-                f"karras=True with steps {FAST27!r}, which are timesteps of their own; use a number"
+                f"karras=True with {name}={FAST27!r}, which are timesteps of their own; use a number"
             )
         timesteps = self.schedule.sections((10, 10, 3, 2, 2))
         # glide-text2im: DDIM makes artefacts from the noisiest ones.

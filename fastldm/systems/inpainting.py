@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from fastldm.checks import described
 from fastldm.errors import InputError
-from fastldm.pictures import from_pil
+from fastldm.pictures import as_pictures, from_pil
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def read_known(image: Any, mask: Any, shape: tuple[int, int, int], sizes: Sequen
         image = pictures_of("image", image, size)
     if image.shape[1:] != shape or len(image) not in (1, count) or not image.is_floating_point():
         raise InputError(
-            f"image {tuple(image.shape)}, {image.dtype}, for {count} prompts: give "
-            f"float (1 or {count}, {channels}, {size}, {size}) in [-1, 1], or PIL images"
+            f"image is {described(image)}: give float ({_one_or(count)}, {channels}, {size}, {size}) in "
+            "[-1, 1], or PIL images"
         )
     return Known(image.float(), ~_to_paint(mask, size, sizes, count))
 
@@ -70,28 +71,30 @@ def pictures_of(name: str, given: Any, size: int | None = None) -> Tensor:
 
     size: None = the width of the first one.
     """
-    pictures = [given] if isinstance(given, Image.Image) else given
-    if (
-        not isinstance(pictures, Sequence)
-        or not pictures
-        or not all(isinstance(p, Image.Image) for p in pictures)
-    ):
-        raise InputError(f"{name} must be a PIL image, a list of them, or a tensor, not {given!r:.60}")
+    pictures = as_pictures(name, given)
     return from_pil(pictures, size or pictures[0].width)
 
 
 def _to_paint(mask: Any, size: int, sizes: Sequence[int], count: int) -> Tensor:
     """bool (B, 1, size, size)."""
     if isinstance(mask, Image.Image):
+        (mask,) = as_pictures("mask", mask)
         white = mask.convert("L").resize((size, size), Image.Resampling.NEAREST)
         return torch.from_numpy(np.asarray(white) >= 128)[None, None]
-    wanted = " or ".join(f"(1 or {count}, 1, {side}, {side})" for side in sizes)
-    if not isinstance(mask, Tensor):
-        raise InputError(f"mask must be a PIL image or a tensor {wanted}, not {type(mask).__name__}")
-    mask = mask[None, None] if mask.ndim == 2 else mask
-    fits = mask.ndim == 4 and mask.shape[1] == 1 and len(mask) in (1, count)
+    given = described(mask)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        mask = mask[None, None]
+    fits = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1 and len(mask) in (1, count)
     if not fits or mask.shape[2] != mask.shape[3] or mask.shape[2] not in sizes:
-        raise InputError(f"mask {tuple(mask.shape)} for {count} prompts: give {wanted}")
+        wanted = " or ".join(f"({side}, {side})" for side in sorted(set(sizes)))
+        raise InputError(
+            f"mask is {given}: give a PIL image, or a tensor {wanted}, or ({_one_or(count)}, 1, ...) of that "
+            "size, with 1 where to paint and 0 elsewhere"
+        )
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise InputError("the mask has values other than 0 and 1; give 1 where to paint and 0 elsewhere")
     return F.interpolate(mask.float(), (size, size), mode="nearest") == 1
+
+
+def _one_or(count: int) -> str:
+    return "1" if count == 1 else f"1 or {count}"

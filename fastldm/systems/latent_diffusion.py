@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastldm.diffusion.guidance import Denoiser, Gradient, classifier_free, finite
+from fastldm.checks import described, is_count
+from fastldm.diffusion.guidance import Denoiser, Gradient, classifier_free
 from fastldm.diffusion.samplers import Generators, noise_levels
 from fastldm.diffusion.scheduler_config import sampler_of
 from fastldm.diffusion.schedules import NoiseSchedule
@@ -183,12 +183,7 @@ class LatentDiffusionPipeline:
             InputError: for anything else.
         """
         if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-            given = (
-                f"{images.dtype} {tuple(images.shape)}"
-                if isinstance(images, Tensor)
-                else type(images).__name__
-            )
-            raise InputError(f"images are {given}: give a float tensor (B, 3, H, W) in [-1, 1]")
+            raise InputError(f"images are {described(images)}: give a float tensor (B, 3, H, W) in [-1, 1]")
         self._check_size(*images.shape[-2:])
         output = self.first_stage.encode(images.to(self.device, self.dtype))
         if isinstance(self.first_stage, AutoencoderKL):
@@ -248,7 +243,7 @@ class LatentDiffusionPipeline:
         progress: bool = True,
         karras: bool | None = None,
         gradient: Guide | Gradient | None = None,
-        gradient_scale: float = 1.0,
+        gradient_scale: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make pictures.
 
@@ -275,21 +270,32 @@ class LatentDiffusionPipeline:
                 `ClassifierGuide.gradient(labels)`, or any (x, t) -> gradient at x, for x (B, C, h, w). It
                 moves the mean of "ddpm" and the noise of the other samplers (Dhariwal and Nichol 2021,
                 algorithms 1 and 2).
-            gradient_scale: multiplies the gradient.
+            gradient_scale: multiplies the gradient; None = 1.
 
         Raises:
-            InputError: for anything that cannot be used, before sampling starts.
+            InputError: for anything that cannot be used, before sampling starts. What has no effect is said
+                in a warning.
         """
         steps = self.defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         sampler = sampler or self.sampler
         karras = (self.karras and sampler == self.sampler) if karras is None else karras
-        check_call(output_type, sampler, eta, num_images_per_prompt, scale)
-        gradient_scale = finite("gradient_scale", gradient_scale)
+        check_call(
+            output_type,
+            sampler,
+            guidance_scale=scale,
+            guidance_rescale=guidance_rescale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            gradient=gradient,
+            gradient_scale=gradient_scale,
+            callback_on_step_end=callback_on_step_end,
+        )
         levels = noise_levels(self.schedule, sampler, steps, karras=karras)
 
         with evaluating(self.networks):
-            condition, null = self._prepare(prompt, negative_prompt, scale)
+            condition, null = self._prepare(prompt, negative_prompt)
             condition = condition.repeat_interleave(num_images_per_prompt, dim=0).to(self.device)
             conditioning = self.conditioner(condition)
             null_conditioning = None
@@ -304,7 +310,7 @@ class LatentDiffusionPipeline:
             )
             if gradient is not None:
                 prompts = len(condition) // num_images_per_prompt
-                check_gradient(gradient, shape, self.latent_scaling, self.schedule, prompts)
+                check_gradient(gradient, shape, self.latent_scaling, self.schedule, prompts, self.first_stage)
             x = walk_down(
                 sampler,
                 denoiser,
@@ -314,23 +320,24 @@ class LatentDiffusionPipeline:
                 eta=eta,
                 generator=generator,
                 gradient=gradient,
-                gradient_scale=gradient_scale,
+                gradient_scale=1.0 if gradient_scale is None else gradient_scale,
                 callback=step_callback(self, callback_on_step_end),
                 progress=progress,
             )
             images = x if output_type == "latent" else as_output(self.decode(x), output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
-    def _prepare(self, prompt: Any, negative_prompt: Any, scale: float) -> tuple[Tensor, Tensor]:
+    def _prepare(self, prompt: Any, negative_prompt: Any) -> tuple[Tensor, Tensor]:
         """The prepared conditions and what guidance leads away from, (B, ...) both."""
         condition = self.conditioner.prepare(prompt)
         if len(condition) == 0:
             raise InputError("there is no prompt; give at least one")
         if negative_prompt is None:
             return condition, self.conditioner.null_like(condition)
-        if scale == 1:
-            warnings.warn("negative_prompt has no effect at guidance_scale=1", stacklevel=3)
-        negative = self.conditioner.prepare(negative_prompt)
+        try:
+            negative = self.conditioner.prepare(negative_prompt)
+        except InputError as error:
+            raise InputError(f"negative_prompt: {error}") from None
         if len(negative) not in (1, len(condition)) or negative.shape[1:] != condition.shape[1:]:
             raise InputError(
                 f"negative prompts {tuple(negative.shape)} for prompts {tuple(condition.shape)}: "
@@ -359,8 +366,8 @@ class LatentDiffusionPipeline:
 
     def _check_size(self, height: int, width: int) -> None:
         factor = self.downsample_factor
-        if height < 1 or width < 1 or height % factor or width % factor:
-            raise InputError(f"height={height}, width={width}: use multiples of {factor}")
+        if not (is_count(height) and is_count(width)) or height % factor or width % factor:
+            raise InputError(f"height={height!r}, width={width!r}: use multiples of {factor}")
 
     def save_pretrained(
         self, path: str | os.PathLike, *, variant: str | None = None, dtype: torch.dtype | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastldm.diffusion.guidance import Denoiser, Gradient, gradient_guided
-from fastldm.diffusion.samplers import DRAWING, SAMPLERS, Generators, NoiseLevels, randn
+from fastldm.checks import described, is_count, is_fraction, is_number
+from fastldm.diffusion.guidance import Denoiser, Gradient, finite, gradient_guided
+from fastldm.diffusion.samplers import DRAWING, SAMPLERS, Generators, NoiseLevels, check_generators, randn
 from fastldm.diffusion.scheduler_config import takes_karras
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import ConfigError, InputError
@@ -31,14 +32,6 @@ class ImagePipelineOutput(Output):
     """images: PIL images, numpy (B, H, W, 3) or tensor (B, 3, H, W), float32 in [0, 1], or latents."""
 
     images: list[Image.Image] | np.ndarray | Tensor
-
-
-def is_scale(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
 
 
 def check_sampler(sampler: str, karras: bool) -> None:
@@ -59,39 +52,73 @@ def with_defaults(known: Mapping[str, Any], given: Mapping[str, Any] | None) -> 
     """
     if unknown := sorted(set(given or {}) - set(known)):
         raise ConfigError(f"unknown default(s) {', '.join(unknown)}; known: {', '.join(known)}")
-    defaults = {**known, **(given or {})}
+    # What comes from numpy or torch is stored as plain numbers, which JSON knows.
+    given = {name: value.item() if hasattr(value, "item") else value for name, value in (given or {}).items()}
+    defaults = {**known, **given}
     steps, scale = defaults["num_inference_steps"], defaults["guidance_scale"]
     if not is_count(steps):
         raise ConfigError(f"the default num_inference_steps must be a whole number from 1, got {steps!r}")
-    if not is_scale(scale):
+    if not is_number(scale):
         raise ConfigError(f"the default guidance_scale must be a finite number, got {scale!r}")
     return defaults
 
 
-def check_call(output_type: str, sampler: str, eta: float, num_images_per_prompt: int, scale: float) -> None:
-    """InputError for an argument of a call that cannot be used."""
-    if not is_scale(scale):
-        raise InputError(f"guidance_scale={scale!r} must be a finite number, such as 2.0")
+def check_call(
+    output_type: str,
+    sampler: str,
+    *,
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    negative_prompt: Any = None,
+    num_images_per_prompt: int = 1,
+    eta: float = 0.0,
+    gradient: Any = None,
+    gradient_scale: float | None = None,
+    callback_on_step_end: Any = None,
+) -> None:
+    """InputError for an argument of a call that cannot be used; warns of one that changes nothing.
+
+    A pipeline's decorated `__call__` calls it, or the warnings name another line than the user's.
+    """
+    if not is_number(guidance_scale):
+        raise InputError(f"guidance_scale={guidance_scale!r} must be a finite number, such as 2.0")
     if output_type not in OUTPUT_TYPES:
         raise InputError(f"output_type={output_type!r} is not offered; use one of {', '.join(OUTPUT_TYPES)}")
     if sampler not in SAMPLERS:
         raise InputError(f"sampler={sampler!r} is not offered; use one of {', '.join(SAMPLERS)}")
-    if not 0 <= eta <= 1 or (eta and sampler != "ddim"):
-        raise InputError(f"eta={eta} with sampler {sampler!r}: eta is 0 to 1 for 'ddim', and 0 for any other")
+    if not is_fraction(guidance_rescale):
+        raise InputError(f"guidance_rescale={guidance_rescale!r}: use a value between 0 and 1")
+    if not is_fraction(eta) or (eta and sampler != "ddim"):
+        raise InputError(
+            f"eta={eta!r} with sampler {sampler!r}: it is 0 to 1 for 'ddim', and 0 for any other"
+        )
     if not is_count(num_images_per_prompt):
         raise InputError(f"num_images_per_prompt={num_images_per_prompt!r}: ask for a whole number from 1")
+    if gradient_scale is not None:
+        finite("gradient_scale", gradient_scale)
+    if callback_on_step_end is not None and not callable(callback_on_step_end):
+        raise InputError(
+            f"callback_on_step_end is {described(callback_on_step_end)}: give a function of (pipeline, step, "
+            "timestep, tensors)"
+        )
+    unguided = {"negative_prompt": negative_prompt is not None, "guidance_rescale": guidance_rescale}
+    idle = [f"{name} has no effect at guidance_scale=1" for name, given in unguided.items() if given]
+    idle = idle if guidance_scale == 1 else []
+    if gradient is None and gradient_scale is not None:
+        idle.append("gradient_scale has no effect without a gradient")
+    for what in idle:
+        warnings.warn(what, stacklevel=4)
 
 
 def first_noise(
     shape: tuple[int, ...], generator: Generators, latents: Tensor | None, device: torch.device
 ) -> Tensor:
     """The noise that a walk starts from, float32 of `shape`: `latents` if given, else drawn."""
-    if generator is not None and not isinstance(generator, torch.Generator) and len(generator) != shape[0]:
-        raise InputError(f"{len(generator)} generators for {shape[0]} pictures: give one, or one per picture")
+    check_generators(generator, shape[0])
     if latents is None:
         return randn(shape, generator, device=device)
-    if tuple(latents.shape) != shape:
-        raise InputError(f"latents are {tuple(latents.shape)}; this call needs {shape}")
+    if not isinstance(latents, Tensor) or not latents.is_floating_point() or tuple(latents.shape) != shape:
+        raise InputError(f"latents are {described(latents)}; this call needs a float tensor {shape}")
     return latents.to(device, torch.float32)
 
 
@@ -136,13 +163,27 @@ def walk_down(
 def step_callback(
     pipeline: Any, callback_on_step_end: StepCallback | None, *, first_step: int = 0
 ) -> Callable[[int, float, Tensor, Tensor], Tensor | None] | None:
-    """A sampler's callback that calls a user's, whose steps are counted from `first_step`."""
+    """A sampler's callback that calls a user's, whose steps are counted from `first_step`.
+
+    Raises:
+        InputError: on a call, if the user's gives something else than `StepCallback` says.
+    """
     if callback_on_step_end is None:
         return None
 
     def callback(i: int, t: float, x: Tensor, x0: Tensor) -> Tensor | None:
         changed = callback_on_step_end(pipeline, first_step + i, t, {"latents": x})
-        return None if changed is None else changed.get("latents")
+        if changed is None:
+            return None
+        known = isinstance(changed, Mapping) and changed.keys() <= {"latents"}
+        found = changed.get("latents", x) if known else None
+        if not isinstance(found, Tensor) or found.shape != x.shape or not found.is_floating_point():
+            given = dict(changed) if isinstance(changed, Mapping) else changed
+            raise InputError(
+                f"callback_on_step_end gave {_shown(given)} at step {first_step + i}: it must give None or "
+                f'{{"latents": a float tensor {tuple(x.shape)}}}'
+            )
+        return found.to(x)
 
     return callback
 
@@ -166,6 +207,12 @@ def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for network in training:
             network.train()
+
+
+def _shown(given: Any) -> str:
+    if not isinstance(given, dict):
+        return described(given)
+    return f"{{{', '.join(f'{key!r}: {described(value)}' for key, value in given.items())}}}"
 
 
 def _of_the_shape_of_x(gradient: Gradient) -> Gradient:

@@ -115,7 +115,8 @@ class CLIPTask:
     def picture(self, seed: int) -> Image.Image:
         """The first pictures, each over the caption that the model finds for it among theirs."""
         x, batch = self.first_stage.shown(self.pictures, _SHOWN, seed)
-        found = self.scorer().scores(x, batch["caption"]).argmax(dim=1).tolist()
+        timestep = 0 if self.config.noised else None
+        found = self.scorer().scores(x, batch["caption"], timestep).argmax(dim=1).tolist()
         return grid(to_pil(batch["image"]), [batch["caption"][i] for i in found], columns=4)
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:

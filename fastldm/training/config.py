@@ -9,7 +9,6 @@ network checks them when it is built.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import math
 import types
@@ -20,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from fastldm.checks import did_you_mean, type_in_words
 from fastldm.errors import ConfigError
 from fastldm.training.extras import require
 
@@ -465,8 +465,7 @@ def _require(
 
 
 def _unknown_key(name: str, key: str, known: Mapping) -> str:
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"accepted here: {', '.join(sorted(known))}"
+    hint = did_you_mean(key, known, f"accepted here: {', '.join(sorted(known))}")
     return f"unknown configuration key {name!r}; {hint}"
 
 
@@ -507,20 +506,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
                 pass
     elif (hint is type(None) and value is None) or (hint is not type(None) and type(value) is hint):
         return value
-    raise ConfigError(f"configuration key {where!r} takes {_describe(hint)}, got {value!r}")
-
-
-def _describe(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return " or ".join(repr(a) for a in arguments)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_describe(a) for a in arguments)
-    if hint is type(None):
-        return "null"
-    if origin is not None:
-        return f"a {origin.__name__} of {', '.join(_describe(a) for a in arguments)}"
-    return getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"configuration key {where!r} takes {type_in_words(hint)}, got {value!r}")
 
 
 def _plain(value: Any) -> Any:

@@ -98,7 +98,16 @@ def captions_of(pictures: Any) -> Sequence[str]:
 
 
 def classes_of(pictures: Any) -> list[str]:
-    """The name of every label of a data set, in their order; empty where it has none."""
+    """The name of every label of a data set, in their order; empty where it has none.
+
+    Raises:
+        ConfigError: for pictures of two objects, which have no single class.
+    """
     if isinstance(pictures, CaptionedShapes):
+        if pictures.kind != "one":
+            raise ConfigError(
+                f"data.kind={pictures.kind} has pictures of two objects, which have no single class; use "
+                "data.kind=one"
+            )
         return [" ".join(pair) for pair in PAIRS]
     return pictures.classes

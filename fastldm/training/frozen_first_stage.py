@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
+from fastldm.checks import with_article
 from fastldm.diffusion import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError
 from fastldm.models.autoencoder_kl import AutoencoderKL, DiagonalGaussianDistribution
@@ -19,7 +20,7 @@ from fastldm.models.pixel_space import PixelSpace
 from fastldm.models.vq_model import VQModel
 from fastldm.models.weights import find_weights, sha256
 from fastldm.systems import folders
-from fastldm.systems.guides import Latents
+from fastldm.systems.guides import Latents, fingerprint
 from fastldm.systems.latent_diffusion import FIRST_STAGE_PARTS, FIRST_STAGES, FirstStage, scale_from_batch
 from fastldm.training.config import FrozenFirstStageConfig
 
@@ -96,7 +97,8 @@ class FrozenFirstStage:
                 f"cannot read the first stage {path}/config.json: {error}; train one with `fastldm train vq`"
             ) from error
         if name not in FIRST_STAGES:
-            raise ConfigError(f"first_stage.path={path} holds a {name}; give a VQModel or an AutoencoderKL")
+            found = with_article(str(name))
+            raise ConfigError(f"first_stage.path={path} holds {found}; give a VQModel or an AutoencoderKL")
         self.model = FIRST_STAGES[name].from_pretrained(folder)
         self.sha256 = _hash(folder)
         return None
@@ -148,7 +150,7 @@ class FrozenFirstStage:
         """What a model that was trained here takes; None for pictures."""
         if isinstance(self.model, PixelSpace) and self.scaling_factor == 1:
             return None
-        return Latents(self.scaling_factor, self.sha256)
+        return Latents(self.scaling_factor, self.sha256, fingerprint(self.model))
 
     def scaled(self, batch: dict, generator: torch.Generator) -> Tensor:
         """Scaled latents (B, C, h, w) of a batch, encoded or cached; `generator` draws those of KL."""

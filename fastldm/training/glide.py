@@ -11,6 +11,7 @@ is that of the whole picture. An upsampler always sees the whole small picture.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,8 @@ def build_stage(config: GlideConfig, pictures: Any) -> tuple[GlideTokenizer, Gli
     for key, value in derived.items():
         if config.unet.get(key, value) != value:
             raise ConfigError(f"unet.{key}={config.unet[key]!r}, but the rest says {value}; leave it out")
-    return tokenizer, GlideStage(GlideUNet.from_config({**config.unet, **derived}), schedule)
+    network = GlideUNet.from_config({**config.unet, **derived})
+    return tokenizer, GlideStage(network, schedule, config.low_res)
 
 
 def _trained(config: GlideConfig, upsampler: bool) -> tuple[GlideTokenizer, GlideStage]:
@@ -259,8 +261,11 @@ def _trained(config: GlideConfig, upsampler: bool) -> tuple[GlideTokenizer, Glid
         raise ConfigError(f"{where} has {kind}; {fix}, or give another folder")
     if stage.shape[-1] != config.data.size:
         raise ConfigError(f"{where} makes pictures of {stage.shape[-1]} pixels; set data.size to that")
+    if stage.low_res not in (None, config.low_res):
+        raise ConfigError(f"{where} enlarges pictures of {stage.low_res} pixels; set low_res to that")
     if stage.unet.config.inpaint and not config.inpainting:
         raise ConfigError(f"{where} inpaints; add inpainting=true")
+    stage = dataclasses.replace(stage, low_res=config.low_res)
     if config.inpainting and not stage.unet.config.inpaint:
-        stage = GlideStage(glide_inpainting(stage.unet), stage.schedule)
+        stage = dataclasses.replace(stage, unet=glide_inpainting(stage.unet))
     return pipeline.tokenizer, stage

@@ -26,7 +26,7 @@ from fastldm.models.unet import UNet2DConditionModel
 from fastldm.pictures import grid
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 from fastldm.training.config import LatentDiffusionConfig
-from fastldm.training.data import build_dataset, captions_of
+from fastldm.training.data import build_dataset, captions_of, classes_of
 from fastldm.training.frozen_first_stage import FrozenFirstStage
 
 # Which entry of a data set's item a conditioner takes. A condition picture is the picture itself, which
@@ -185,6 +185,10 @@ class LatentDiffusionTask:
                 f"conditioner.kind={kind} needs a {_CONDITION_KEYS[kind]} for each picture, and "
                 f"{self.config.data.path} has none: add metadata.jsonl for captions, class folders for labels"
             )
+
+        if kind == "class":
+            # Refuses data without a single class.
+            classes_of(self.pictures)
 
     def _raw(self, batch: dict) -> Any:
         """The part of a batch that the conditioner's `prepare` takes."""

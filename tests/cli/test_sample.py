@@ -49,7 +49,10 @@ def test_a_caption_becomes_a_picture_and_the_command_says_how(sample, capsys, tm
     assert ops["sample"][1] == "s"
 
 
-def test_the_folder_of_a_glide_is_sampled(tmp_path, fails):
+@pytest.fixture
+def glide(tmp_path):
+    """Folder of those of an untrained base, `base`, and of two upsamplers, `large` and `other`, which takes
+    pictures of another size."""
     tokenizer = GlideTokenizer.from_captions(["a red circle"], 4)
     fields = {"model_channels": 32, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
     fields["num_head_channels"] = 32
@@ -58,13 +61,51 @@ def test_the_folder_of_a_glide_is_sampled(tmp_path, fails):
         GlideStage(GlideUNet(image_size=size, super_res=size == 16, **fields, **text), NoiseSchedule(**noise))
         for size, noise in ((8, BASE_NOISE), (16, UPSAMPLER_NOISE))
     )
-    GlidePipeline(tokenizer, base, large, defaults={"upsampler_steps": 2}).save_pretrained(tmp_path / "glide")
+    GlidePipeline(tokenizer, base).save_pretrained(tmp_path / "base")
+    for name, low_res in (("large", 8), ("other", 4)):
+        stage = GlideStage(large.unet, large.schedule, low_res)
+        alone = GlidePipeline(tokenizer, None, stage, defaults={"upsampler_steps": 2})
+        alone.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_the_folder_of_a_glide_is_sampled(glide, tmp_path, fails):
+    joined = GlidePipeline.from_parts(glide / "base", glide / "large")
+    joined.save_pretrained(tmp_path / "glide")
     command = ["--model", str(tmp_path / "glide"), "--num-inference-steps", "2"]
     out = tmp_path / "out.png"
     assert main(["sample", "a red circle", *command, "--sampler", "ddim", "--out", str(out)]) == 0
     assert Image.open(out).size == (16, 16)
     line = fails("evaluate", *command, "--out", tmp_path / "report.json")
     assert "is a GlidePipeline; give one of latent diffusion" in line
+
+
+def test_an_upsampler_enlarges_what_a_base_of_another_folder_makes(glide, model, fails):
+    out = glide / "out.png"
+    command = ["sample", "a red circle", "--num-inference-steps", "2", "--out", str(out)]
+    base, large = ["--model", str(glide / "base")], ["--upsampler", str(glide / "large")]
+    assert main([*command, *base]) == 0
+    assert Image.open(out).size == (8, 8)
+    assert main([*command, *base, *large]) == 0
+    found = np.asarray(Image.open(out))
+    GlidePipeline.from_parts(glide / "base", glide / "large").save_pretrained(glide / "whole")
+    assert main([*command, "--model", str(glide / "whole")]) == 0
+    assert np.array_equal(found, np.asarray(Image.open(out)))
+    assert found.shape == (16, 16, 3)
+    line = fails(*command, *base, "--upsampler", glide / "other")
+    assert "the upsampler was trained to enlarge those of 4; train one with low_res=8" in line
+    assert "second has no upsampler" in fails(*command, *base, "--upsampler", glide / "base")
+    assert "is an LDMTextToImagePipeline" in fails(*command, "--model", model, *large)
+
+
+@pytest.mark.parametrize("flag", ["--model", "--clip", "--upsampler"])
+def test_the_name_of_a_folder_is_not_empty(fails, model, flag):
+    assert f"argument {flag}: the name is empty; give a folder" in fails("sample", CAPTION, flag, "")
+
+
+def test_what_has_no_effect_is_said(sample, capfd):
+    sample(CAPTION, "--guidance-scale", "1", "--negative-prompt", "a star")
+    assert "fastldm: warning: negative_prompt has no effect at guidance_scale=1" in capfd.readouterr().err
 
 
 def test_the_seed_alone_decides(sample):
@@ -111,7 +152,7 @@ def test_clip_guides_to_the_captions(sample, clip, fails, model, tmp_path, monke
     assert np.array_equal(still, plain)
     assert not np.array_equal(guided, plain)
     sample(CAPTION, "a star", "--clip", str(clip), "--num-images", "2")
-    assert [settings["gradient_scale"] for settings in calls] == [1, 0, 500, 1]
+    assert [settings["gradient_scale"] for settings in calls] == [None, 0, 500, None]
     x, t = torch.randn(2, 4, 16, 16), torch.tensor([3, 9])
     wanted = CLIPScorer.from_pretrained(clip).gradient([CAPTION, "a star"])(x, t)
     assert torch.equal(calls[-1]["gradient"](x, t), wanted)

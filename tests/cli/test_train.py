@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -168,3 +169,22 @@ def test_mixed_precision_trains_and_keeps_float32_weights(vq_file, tmp_path, pre
 
     weights = load_file(tmp_path / "runs" / "vq" / "checkpoints" / "step-000004" / "model.safetensors")
     assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "said"),
+    [
+        ("classifier", ["data.kind=two"], "no single class; use data.kind=one"),
+        ("classifier", ["data.kind=mixed"], "no single class; use data.kind=one"),
+        ("classifier", ["model.chanel_mult=[1, 1]"], "'chanel_mult' .*; did you mean channel_mult"),
+        ("classifier", ["schedule.beta_shedule=linear"], "beta_shedule; did you mean beta_schedule"),
+        ("glide", ["unet.xf_heads=three"], "xf_heads takes int, got 'three'"),
+        ("glide", ["unet.xf_head=3"], "'xf_head' .given 3.; did you mean xf_heads"),
+        ("clip", ["model.text_config.hiden_size=3"], "'hiden_size' .*; did you mean hidden_size"),
+        ("clip", ["model.vision_config.patch_size=two"], "patch_size takes int, got 'two'"),
+    ],
+)
+def test_what_a_network_does_not_take_is_named(fails, tmp_path, kind, overrides, said):
+    config = ["train", kind, "--config", f"shapes-{kind}", f"output_dir={tmp_path}", "mixed_precision=no"]
+    assert re.search(said, fails(*config, "data.length=4", *overrides))
+    assert not (tmp_path / f"shapes-{kind}" / "checkpoints").exists()

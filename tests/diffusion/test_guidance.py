@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
@@ -121,3 +123,15 @@ def test_dropout_at_its_ends_and_by_seed():
     assert torch.equal(drop_condition(condition, null, 1.0), torch.zeros(8, dtype=torch.int64))
     first, again = (drop_condition(condition, null, 0.5, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("value", [5, -0.1, "1", True, math.nan])
+def test_strengths_and_probabilities_are_fractions(value):
+    x = torch.randn(2, 3)
+    with pytest.raises(InputError, match=r"strength=.*between 0 and 1"):
+        rescale_guidance(x, x, value)
+    with pytest.raises(InputError, match=r"probability=.*between 0 and 1"):
+        drop_condition(x, x, value)
+    with pytest.raises(InputError, match=r"guidance_rescale=.*between 0 and 1"):
+        classifier_free(lambda x, t: x, {}, {}, 2.0, rescale=value)
+    assert torch.equal(drop_condition(x, 0 * x, torch.tensor(1.0)), 0 * x)

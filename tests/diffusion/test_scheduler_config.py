@@ -154,7 +154,7 @@ def test_a_learned_range_stays_whatever_the_class(sampler):
         ("unipc", {"predict_x0": False}, "predict_x0=False"),
         ("unipc", {"lower_order_final": False}, "lower_order_final=False"),
         ("unipc", {"disable_corrector": [0]}, r"disable_corrector=\[0\]"),
-        ("unipc", {"solver_ordre": 2}, "unknown scheduler field.* solver_ordre; known: .*solver_order"),
+        ("unipc", {"solver_ordre": 2}, "unknown scheduler field.* solver_ordre; did you mean solver_order"),
         ("ddpm", {"variance_type": "fixed_small_log"}, "fixed_small, fixed_large, learned_range"),
     ],
 )

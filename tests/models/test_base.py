@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import ClassVar
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastldm import io
+from fastldm.checks import with_article
 from fastldm.errors import CheckpointError, ConfigError
 from fastldm.models import weights
 from fastldm.models.base import Config, Model, configurable
@@ -344,3 +346,53 @@ def test_saved_files_have_the_permissions_of_ordinary_files(tmp_path):
     wanted = (tmp_path / "ordinary").stat().st_mode
     Small().save_pretrained(tmp_path / "net")
     assert {path.stat().st_mode for path in (tmp_path / "net").iterdir()} == {wanted}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"width": "four"}, "no Tiny can be built from this configuration: width takes int, got 'four'"),
+        ({"width": True}, "width takes int, got True"),
+        ({"width": 4.5}, "width takes int, got 4.5"),
+        ({"widht": 4}, r"Tiny has no configuration field 'widht' \(given 4\); did you mean width\?"),
+        ({"xyzzy": 4}, "'xyzzy' .*; remove it"),
+    ],
+)
+def test_fields_of_another_type_or_name_are_said_before_the_network_is_built(fields, said):
+    class Tiny(Model):
+        @configurable
+        def __init__(self, width: int = 4, rate: float | None = 0.5, sizes: Sequence[int] = (1, 2)) -> None:
+            super().__init__()
+            assert isinstance(width, int)
+
+    with pytest.raises(ConfigError, match=said):
+        Tiny.from_config(fields)
+    with pytest.raises(ConfigError, match="rate takes float or null, got '1'"):
+        Tiny(rate="1")
+    for sizes in ("12", 3, [1, "2"]):
+        with pytest.raises(ConfigError, match="sizes takes a list of int"):
+            Tiny(sizes=sizes)
+    assert Tiny(width=2, rate=1, sizes=[3]).config.rate == 1
+    assert Tiny(rate=None).config.rate is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ADMClassifier", "an ADMClassifier"),
+        ("AutoencoderKL", "an AutoencoderKL"),
+        ("LDMBertModel", "an LDMBertModel"),
+        ("UNet2DConditionModel", "a UNet2DConditionModel"),
+        ("VQModel", "a VQModel"),
+        ("LatentDiffusionPipeline", "a LatentDiffusionPipeline"),
+        ("int", "an int"),
+        ("str", "a str"),
+    ],
+)
+def test_names_have_the_article_they_are_said_with(name, said):
+    assert with_article(name) == said
+
+
+def test_the_name_of_a_model_is_not_empty():
+    with pytest.raises(CheckpointError, match="the name of the model is empty"):
+        Small.from_pretrained("")

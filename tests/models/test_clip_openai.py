@@ -190,7 +190,7 @@ def test_what_is_no_such_layout_is_refused(openai, tmp_path):
     state = openai.state_dict()
     with pytest.raises(CheckpointError, match="ResNet"):
         from_openai_state_dict({"visual.layer1.0.conv1.weight": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="another layout"):
+    with pytest.raises(CheckpointError, match=r"transformers' layout, whose folders CLIPModel\.from_pre"):
         from_openai_state_dict(CLIPModel.from_config(TINY).state_dict())
     with pytest.raises(CheckpointError, match=r"text_projection is missing"):
         from_openai_state_dict({k: v for k, v in state.items() if k != "text_projection"}, **HEADS)
@@ -227,3 +227,55 @@ TINY = {
         "num_hidden_layers": 1,
     },
 }
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("own_tower", [False, True])
+def test_checkpoints_of_openclip_s_training_load(openai, tmp_path, prefix, own_tower):
+    def name(key):
+        tower = "text." * (own_tower and not key.startswith(("visual.", "logit_scale")))
+        return prefix + tower + key
+
+    state = {name(key): tensor for key, tensor in openai.state_dict().items()}
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    saved = {"epoch": 3, "name": "run", "state_dict": state, "optimizer": optimizer}
+    torch.save(saved, tmp_path / "epoch_3.pt")
+    images, ids = batch()
+    found = load_openai_clip(tmp_path / "epoch_3.pt", **HEADS)(ids, images)
+    with torch.no_grad():
+        close(found.logits_per_image, openai(images, ids))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([1, 2], "holds a list, not tensors by name"),
+        ({"epoch": 3}, r"holds an int under 'epoch', where .*save model\.state_dict\(\) alone"),
+        ({1: torch.zeros(1)}, "holds a Tensor under 1, where"),
+        (torch.nn.Linear(1, 1), r"pickle of more than tensors \(torch\.nn\.modules\.linear\.Linear\)"),
+        (b"", "the file is empty"),
+        (b"junk", "it is no PyTorch file, or not a whole one"),
+        (b"PK\x03\x04junk", "it is no PyTorch file, or not a whole one"),
+        (b'{"a": 1}', "it is no PyTorch file, or not a whole one"),
+        ({"visual.conv1.weight": torch.zeros(1), "visual.class_embedding": torch.zeros(1)}, "is missing"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_of_something_else_is_one_line(tmp_path, content, said):
+    file = tmp_path / "clip.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        load_openai_clip(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_other_dimensions_are_refused(openai):
+    state = {**openai.state_dict(), "visual.conv1.weight": torch.zeros(4, 3)}
+    with pytest.raises(CheckpointError, match="its weights have other dimensions"):
+        from_openai_state_dict(state, **HEADS)
+    with pytest.raises(CheckpointError, match="its weights have other dimensions"):
+        from_openai_state_dict({**openai.state_dict(), "text_projection": torch.zeros(4)}, **HEADS)

@@ -198,8 +198,10 @@ def test_a_learned_tokenizer_is_one_of_the_peer_s(tmp_path):
 
 
 def test_what_cannot_be_used_is_refused(ours, tmp_path):
-    with pytest.raises(InputError, match="must be text, not int"):
+    with pytest.raises(InputError, match=r"captions must be .* item 0 is 3, not text"):
         ours([3])
+    with pytest.raises(InputError, match=r"captions must be .* not int"):
+        ours(3)
     with pytest.raises(InputError, match="max_length=2"):
         CLIPTokenizer(vocabulary(), MERGES, 2)
     with pytest.raises(CheckpointError, match=r"no <\|startoftext\|>, <\|endoftext\|>"):

@@ -145,7 +145,7 @@ def test_folders_go_round(which, tmp_path):
         (ClassConditioner(5, 16), -1, "0 to 4"),
         (ClassConditioner(5, 16), [0.5], "integers"),
         (ClassConditioner(5, 16), ["cat"], "integers"),
-        (SpatialConditioner(2, 3), torch.zeros(3, 8, 8), r"\(B, 2, H, W\), not \(3, 8, 8\)"),
+        (SpatialConditioner(2, 3), torch.zeros(3, 8, 8), r"\(B, 2, H, W\), not float32 \(3, 8, 8\)"),
         (SpatialConditioner(2, 3), "map.png", r"\(B, 2, H, W\), not str"),
     ],
 )

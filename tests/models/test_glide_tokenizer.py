@@ -171,8 +171,10 @@ def test_a_tokenizer_learns_from_captions(tmp_path):
 
 
 def test_what_cannot_be_used_is_refused(ours, tmp_path):
-    with pytest.raises(InputError, match="must be text, not int"):
+    with pytest.raises(InputError, match=r"captions must be .* item 0 is 3, not text"):
         ours([3])
+    with pytest.raises(InputError, match=r"captions must be .* not int"):
+        ours(3)
     with pytest.raises(InputError, match="text_ctx=0"):
         GlideTokenizer(vocabulary(), MERGES, 0)
     for token in ("Ġ", EOS):

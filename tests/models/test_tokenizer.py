@@ -95,8 +95,10 @@ def test_nothing_unknown_passes_silently(tokenizer, caption):
 def test_what_is_not_a_caption_is_refused(tokenizer):
     with pytest.raises(InputError, match="holds no word"):
         tokenizer("...")
-    with pytest.raises(InputError, match="not int"):
+    with pytest.raises(InputError, match="item 1 is 3, not text"):
         tokenizer(["a", 3])
+    with pytest.raises(InputError, match=r"captions must be .* not int"):
+        tokenizer(3)
 
 
 def test_a_long_caption_is_cut_with_a_warning_that_says_what(tokenizer):

@@ -9,11 +9,12 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fastldm"
 
-BASE = {"errors", "_version"}
+BASE = {"errors", "_version", "checks"}
 KERNELS = {"implementation", "reference", "eager", "kernels", "native"}
 MAY_IMPORT = {
     "errors": set(),
     "_version": set(),
+    "checks": set(),
     "io": BASE,
     "memory": BASE,
     "pictures": BASE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,7 +98,9 @@ def test_a_folder_gives_the_same_guide(guide, tmp_path):
 
 
 def test_what_cannot_be_used_is_refused(guide, tmp_path):
-    with pytest.raises(InputError, match=r"takes latents \(4, 8, 8\)"):
+    with pytest.raises(
+        InputError, match=r"x is float32 \(1, 3, 64, 64\), .* scaled latents, float \(B, 4, 8, 8\)"
+    ):
         guide.classify(torch.zeros(1, 3, 64, 64))
     with pytest.raises(ConfigError, match="needs the noise schedule"):
         ClassifierGuide(guide.model, CLASSES, GuideSpace(SHAPE, None, None))
@@ -115,3 +118,28 @@ def test_what_cannot_be_used_is_refused(guide, tmp_path):
     (tmp_path / "scheduler_config.json").unlink()
     with pytest.raises(CheckpointError, match="needs the noise schedule"):
         ClassifierGuide.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("timestep", [-1, 40, "3", True, None, [1, 2, 3], torch.tensor([0, 99])])
+def test_a_timestep_is_one_of_the_schedule(guide, timestep):
+    x = torch.zeros(2, *SHAPE)
+    with pytest.raises(InputError, match=r"timestep.* 0 \(no noise\) to 39, one or one per sample"):
+        guide.classify(x, timestep)
+    assert torch.equal(guide.classify(x, [39, 39]), guide.classify(x, 39))
+
+
+@pytest.mark.parametrize(
+    "x", [[1, 2], 3, np.zeros((2, *SHAPE)), torch.zeros(2, *SHAPE).long(), torch.zeros(0, *SHAPE)]
+)
+def test_x_is_a_floating_tensor_of_at_least_one_sample(guide, x):
+    with pytest.raises(InputError, match=r"x is .* scaled latents, float \(B, 4, 8, 8\)") as caught:
+        guide.classify(x)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gradient_needs_a_label_and_timesteps_of_the_schedule(guide):
+    for nothing in ([], torch.zeros(0, dtype=torch.int64)):
+        with pytest.raises(InputError, match="there is no label; give at least one of 3 classes"):
+            guide.gradient(nothing)
+    with pytest.raises(InputError, match=r"timestep=\[40\]: give 0"):
+        guide.gradient(0)(torch.zeros(1, *SHAPE), torch.tensor([40]))

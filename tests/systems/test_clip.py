@@ -133,7 +133,7 @@ def test_noised_clip_keeps_its_schedule_and_reads_the_timestep(tmp_path):
     assert torch.equal(loaded.schedule.alphas_cumprod, scorer.schedule.alphas_cumprod)
     late = scorer.scores(pictures, CAPTIONS, timestep=40)
     close(loaded.scores(pictures, CAPTIONS, timestep=40), late)
-    assert (late - scorer.scores(pictures, CAPTIONS)).abs().max() > 1e-2
+    assert (late - scorer.scores(pictures, CAPTIONS, timestep=0)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("noised", [False, True])
@@ -172,12 +172,12 @@ def test_a_clip_of_latents_keeps_which_ones_and_guides_them_alone(pipeline, tmp_
     close(scorer.prepare(x), x)
     assert torch.equal(scorer.scores(x, CAPTIONS, timestep=3), made.scores(x, CAPTIONS, timestep=3))
     with pytest.raises(InputError, match=r"takes latents \(4, 8, 8\), not pictures; give `pipeline\.encode"):
-        scorer.scores(photographs(), CAPTIONS)
+        scorer.scores(photographs(), CAPTIONS, timestep=0)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     call = {"num_inference_steps": 10, "output_type": "latent", "progress": False, "latents": noise}
-    plain = scorer.scores(pipe(["a star"] * 2, **call).images, CAPTIONS[:2])
+    plain = scorer.scores(pipe(["a star"] * 2, **call).images, CAPTIONS[:2], timestep=0)
     guided = pipe(["a star"] * 2, gradient=scorer.gradient(CAPTIONS[:2]), gradient_scale=300.0, **call).images
-    assert (scorer.scores(guided, CAPTIONS[:2]) - plain).diagonal().min() > 0.1
+    assert (scorer.scores(guided, CAPTIONS[:2], timestep=0) - plain).diagonal().min() > 0.1
     with pytest.raises(InputError, match="another first stage"):
         pipeline(scaling_factor=1.0)("a star", gradient=scorer.gradient("green"), progress=False)
     with pytest.raises(InputError, match=r"trained on pictures \(3, 32, 32\)"):
@@ -192,9 +192,9 @@ def test_what_cannot_be_used_is_refused(scorer, tmp_path):
         CLIPScorer(model, tokenizer, image_mean=[0.5])
     with pytest.raises(ConfigError, match="timestep_conditioning=True"):
         CLIPScorer(model, tokenizer, schedule=NoiseSchedule.cosine())
-    with pytest.raises(InputError, match="PIL images"):
+    with pytest.raises(InputError, match=r"pictures must be a PIL image, .* not a list of 1"):
         scorer.scores(["picture.png"], CAPTIONS)
-    with pytest.raises(InputError, match="PIL images"):
+    with pytest.raises(InputError, match=r"pictures must be a PIL image, .* not a list of 0"):
         scorer.scores([], CAPTIONS)
     with pytest.raises(InputError, match="uint8"):
         scorer.scores(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), CAPTIONS)
@@ -202,7 +202,7 @@ def test_what_cannot_be_used_is_refused(scorer, tmp_path):
         scorer.scores(torch.zeros(1, 3, 40, 40), CAPTIONS)
     with pytest.raises(InputError, match="1 channels"):
         scorer.scores(torch.zeros(1, 1, 32, 32), CAPTIONS)
-    with pytest.raises(InputError, match="list of at least one name"):
+    with pytest.raises(InputError, match="labels must be a list of at least one"):
         scorer.classify(photographs(), "red")
     with pytest.raises(InputError, match="where the label goes"):
         scorer.classify(photographs(), ["red"], ["a star"])
@@ -213,3 +213,73 @@ def test_what_cannot_be_used_is_refused(scorer, tmp_path):
         file.write_text(json.dumps({**written, **change}))
         with pytest.raises(CheckpointError, match=said):
             CLIPScorer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("timestep", [-1, 50, "3", True, [1, 2], math.nan, torch.tensor([60] * 5), None])
+def test_noised_clip_is_told_a_timestep_of_its_schedule(timestep):
+    scorer = CLIPScorer(*build(timestep_conditioning=True), schedule=NoiseSchedule.cosine(50))
+    pictures = photographs()
+    for call in (
+        lambda: scorer.encode_images(pictures, timestep),
+        lambda: scorer.scores(pictures, "green", timestep),
+        lambda: scorer.classify(pictures, CAPTIONS, timestep=timestep),
+    ):
+        with pytest.raises(InputError, match=r"timestep.* 0 \(no noise\) to 49, one or one per sample"):
+            call()
+    close(scorer.scores(pictures, "green", [49] * 5), scorer.scores(pictures, "green", torch.tensor(49)))
+
+
+def test_a_clip_that_saw_no_noise_takes_no_timestep(scorer):
+    with pytest.raises(InputError, match="timestep=0, but this model was trained on x without noise"):
+        scorer.scores(photographs(), "green", timestep=0)
+    with pytest.raises(ConfigError, match="timestep_conditioning=True, and a schedule is missing"):
+        CLIPScorer(*build(timestep_conditioning=True))
+
+
+@pytest.mark.parametrize("outside", [-1, 50])
+def test_a_gradient_is_of_timesteps_of_the_schedule(outside):
+    scorer = CLIPScorer(*build(timestep_conditioning=True), schedule=NoiseSchedule.cosine(50))
+    gradient, x = scorer.gradient("green"), torch.randn(2, 3, 32, 32)
+    gradient(x, torch.tensor([0, 49]))
+    with pytest.raises(InputError, match=r"timestep=.* to 49"):
+        gradient(x, torch.tensor([3, outside]))
+    with pytest.raises(InputError, match=r"x is float32 \(2, 3, 16, 16\)"):
+        gradient(x[..., :16, :16], torch.tensor([3, 3]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "said"),
+    [
+        ([1, 2], {}, "labels must be a name or a list of names, but its item 0 is 1, not text"),
+        (3, {}, "labels must be a name or a list of names, not int"),
+        ([], {}, "there is no label"),
+        (["red"], {"templates": "a {}"}, r"templates must be a list of at least one, such as \['a \{\}'\]"),
+        (["red"], {"templates": [3]}, "templates .*item 0 is 3, not text"),
+        (["red"], {"templates": []}, "there is no template"),
+    ],
+)
+def test_labels_and_templates_are_lists_of_text(scorer, labels, options, said):
+    with pytest.raises(InputError, match=said):
+        scorer.classify(photographs(), labels, **options)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "said"),
+    [
+        (3, "pictures must be a PIL image, .* not int"),
+        (Image.new("RGB", (0, 0)), "a picture of 0x0 pixels"),
+        ([Image.new("RGB", (5, 0))], "a picture of 5x0 pixels"),
+        (torch.zeros(0, 3, 32, 32), r"pictures are float32 \(0, 3, 32, 32\): .* at least one"),
+        (np.zeros((32, 32, 3), np.uint8), "not ndarray of uint8"),
+    ],
+)
+def test_pictures_that_show_nothing_are_refused(scorer, pictures, said):
+    with pytest.raises(InputError, match=said):
+        scorer.scores(pictures, "green")
+
+
+@pytest.mark.parametrize(("captions", "said"), [([], "no caption"), (3, "not int"), ([1], "item 0 is 1")])
+def test_captions_are_text_and_at_least_one(scorer, captions, said):
+    for call in (lambda: scorer.scores(photographs(), captions), lambda: scorer.gradient(captions)):
+        with pytest.raises(InputError, match=said):
+            call()

@@ -514,7 +514,7 @@ def test_openai_s_files(pipe, inpainter, tmp_path):
 
 def test_another_pipeline_s_folder_is_refused(pipe, pipeline, tmp_path):
     pipeline().save_pretrained(tmp_path / "ldm")
-    with pytest.raises(CheckpointError, match="holds a LDMTextToImagePipeline, not a GlidePipeline"):
+    with pytest.raises(CheckpointError, match="holds an LDMTextToImagePipeline, not a GlidePipeline"):
         GlidePipeline.from_pretrained(tmp_path / "ldm")
     pipe.save_pretrained(tmp_path / "glide")
     with pytest.raises(CheckpointError, match=r"\(a GlidePipeline\) has no part vqvae"):
@@ -569,31 +569,37 @@ def test_parts_that_do_not_fit_are_named(build, said):
         ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 2 prompts"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan must be a finite number"),
         ({"num_inference_steps": 2000}, "use 1 to 1000"),
-        ({"num_inference_steps": "fast"}, "steps='fast': give a whole number, or 'fast27'"),
+        (
+            {"num_inference_steps": "fast"},
+            "num_inference_steps='fast': use 1 to 1000, a whole number, or 'fast27'",
+        ),
         ({"num_inference_steps": 4.5}, "num_inference_steps=4.5.*use 1 to 1000"),
         ({"num_inference_steps": 4.5, "sampler": "unipc"}, "num_inference_steps=4.5.*use 1 to 999"),
         ({"num_inference_steps": "fast27", "sampler": "euler", "karras": True}, "karras=True.*'fast27'"),
         ({"num_images_per_prompt": 1.5}, "num_images_per_prompt=1.5: ask for a whole number from 1"),
-        ({"upsampler_steps": 0}, "use 1 to 1000"),
-        ({"upsampler_steps": "ddim"}, "give a whole number, or 'fast27'"),
+        ({"upsampler_steps": 0}, "upsampler_steps=0: use 1 to 1000"),
+        ({"upsampler_steps": "ddim"}, "upsampler_steps='ddim': use 1 to 1000"),
         ({"upsampler_sampler": "ddimm"}, "upsampler_sampler='ddimm' is not offered"),
         ({"upsampler_temperature": float("inf")}, "upsampler_temperature=inf"),
         ({"output_type": "jpg"}, "output_type='jpg' is not offered"),
-        ({"generator": seeds(1)}, "1 generators for 2 pictures"),
+        ({"generator": seeds(1)}, "1 generators for a batch of 2"),
         (
             {"latents": torch.zeros(2, 3, 16, 16)},
-            r"latents are \(2, 3, 16, 16\); this call needs \(2, 3, 8, 8\)",
+            r"latents are float32 \(2, 3, 16, 16\); this call needs a float tensor \(2, 3, 8, 8\)",
         ),
         ({"image": picture()}, "image and mask go together"),
-        ({"image": picture(8), "mask": hole()}, r"image \(1, 3, 8, 8\).*\(1 or 2, 3, 16, 16\)"),
-        ({"image": [], "mask": hole()}, "image must be a PIL image, a list of them, or a tensor"),
+        ({"image": picture(8), "mask": hole()}, r"image is float32 \(1, 3, 8, 8\).*\(1 or 2, 3, 16, 16\)"),
+        (
+            {"image": [], "mask": hole()},
+            "image must be a PIL image, a list of them, or a tensor .*a list of 0",
+        ),
         (
             {"image": picture(), "mask": hole(12)},
-            r"mask \(1, 1, 12, 12\).*\(1 or 2, 1, 8, 8\) or \(1 or 2, 1, 16",
+            r"mask is float32 \(1, 1, 12, 12\).*tensor \(8, 8\) or \(16, 16\), or \(1 or 2, 1, ",
         ),
         ({"image": picture(), "mask": hole() / 2}, "values other than 0 and 1"),
-        ({"image": picture().to(torch.uint8), "mask": hole()}, "torch.uint8.*give float"),
-        ({"image": picture(), "mask": [1]}, "mask must be a PIL image or a tensor"),
+        ({"image": picture().to(torch.uint8), "mask": hole()}, "image is uint8.*give float"),
+        ({"image": picture(), "mask": [1]}, "mask is list: give a PIL image, or a tensor"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_sampling(inpainter, options, said, monkeypatch):
@@ -640,3 +646,43 @@ def test_pictures_stay_in_range_where_no_prediction_is_clipped(pipe):
     ).images
     assert seen["latents"].abs().max() > 1.5
     assert torch.equal(images, seen["latents"].clamp(-1, 1))
+
+
+def test_an_upsampler_of_other_small_pictures_is_refused(pipe, tmp_path):
+    other = GlideStage(pipe.upsampler.unet, pipe.upsampler.schedule, low_res=4)
+    GlidePipeline(TOKENIZER, pipe.base).save_pretrained(tmp_path / "base")
+    GlidePipeline(TOKENIZER, None, other).save_pretrained(tmp_path / "other")
+    assert GlidePipeline.from_pretrained(tmp_path / "other").upsampler.low_res == 4
+    with pytest.raises(ConfigError, match=r"pictures of 8 pixels, .* enlarge those of 4; .*low_res=8"):
+        GlidePipeline.from_parts(tmp_path / "base", tmp_path / "other")
+    fits = GlideStage(pipe.upsampler.unet, pipe.upsampler.schedule, low_res=8)
+    GlidePipeline(TOKENIZER, None, fits).save_pretrained(tmp_path / "fits")
+    joined = GlidePipeline.from_parts(tmp_path / "base", tmp_path / "fits")
+    joined.save_pretrained(tmp_path / "whole")
+    assert GlidePipeline.from_pretrained(tmp_path / "whole").upsampler.low_res == 8
+    with pytest.raises(ConfigError, match=r"low_res=8 with super_res=False"):
+        GlideStage(pipe.base.unet, pipe.base.schedule, low_res=8)
+    index = tmp_path / "fits" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_low_res": "x"}))
+    with pytest.raises(CheckpointError, match=r"low_res='x'"):
+        GlidePipeline.from_pretrained(tmp_path / "fits")
+
+
+def test_pil_pictures_are_enlarged_from_the_side_the_upsampler_knows(pipe):
+    known = GlidePipeline(
+        TOKENIZER, None, GlideStage(pipe.upsampler.unet, pipe.upsampler.schedule, low_res=8)
+    )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8))
+    call = {"upsampler_steps": 2, "output_type": "latent", "progress": False}
+    found = known.upsample("a star", image, generator=seeds(1)[0], **call).images
+    small = image.resize((8, 8), Image.Resampling.BICUBIC)
+    wanted = pipe.upsample("a star", small, generator=seeds(1)[0], **call).images
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, pipe.upsample("a star", image, generator=seeds(1)[0], **call).images)
+
+
+def test_parts_of_other_text_windows_are_refused(pipe):
+    longer = GlideTokenizer(TOKENIZER.vocab, TOKENIZER.merges, 7)
+    other = GlidePipeline(longer, None, upsampler_stage(text_ctx=7))
+    with pytest.raises(ConfigError, match=r"different tokenizers, of 6 and 7 tokens per caption.*max_length"):
+        GlidePipeline.from_parts(GlidePipeline(TOKENIZER, pipe.base), other)

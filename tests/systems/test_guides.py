@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fastldm.diffusion.samplers import SAMPLERS
 from fastldm.errors import CheckpointError, InputError
 from fastldm.models import PixelSpace, UNet2DConditionModel
 from fastldm.systems import LatentDiffusionPipeline
-from fastldm.systems.guides import Guide, GuideSpace, Latents, read_latents, read_schedule
+from fastldm.systems.guides import Guide, GuideSpace, Latents, fingerprint, read_latents, read_schedule
 
 CALL = {"num_inference_steps": 4, "output_type": "latent", "progress": False}
 SHAPE = (4, 8, 8)
@@ -258,3 +259,44 @@ def test_a_gradient_is_a_function_whose_value_has_the_shape_of_x(pipeline, sampl
 def test_what_is_no_picture_is_not_encoded(pipeline, images):
     with pytest.raises(InputError, match="give a float tensor"):
         pipeline().encode(images)
+
+
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+def test_a_guide_of_another_first_stage_is_refused(pipeline, kind):
+    pipe, other = pipeline(first_stage=kind), pipeline(first_stage=kind)
+    known = Latents(pipe.scaling_factor, "a" * 64, fingerprint(pipe.first_stage))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe("a star", gradient=guide(pipe, latents=known), **CALL)
+        # The same weights in another dtype are the same first stage.
+        pipe.first_stage.to(torch.bfloat16)
+        known.check(pipe.first_stage)
+    steps = []
+    other.unet.register_forward_pre_hook(lambda *a: steps.append(1))
+    with pytest.raises(InputError, match=r"latents of another first stage.*first_stage\.path the pipeline's"):
+        other("a star", gradient=guide(other, latents=known), **CALL)
+    assert steps == []
+
+
+def test_a_fingerprint_of_another_length_is_another_first_stage(pipeline):
+    pipe = pipeline()
+    with pytest.raises(InputError, match="latents of another first stage"):
+        Latents(1.0, None, fingerprint(pipe.first_stage)[:-1]).check(pipe.first_stage)
+    nan = (math.nan,) * len(fingerprint(pipe.first_stage))
+    with pytest.raises(InputError, match="latents of another first stage"):
+        Latents(1.0, None, nan).check(pipe.first_stage)
+
+
+def test_a_guide_whose_first_stage_cannot_be_compared_is_warned_of(pipeline):
+    pipe = pipeline()
+    with pytest.warns(UserWarning, match="no fingerprint of its first stage"):
+        pipe("a star", gradient=guide(pipe, latents=Latents(pipe.scaling_factor, "a" * 64)), **CALL)
+
+
+def test_the_fingerprint_is_kept_in_the_folder(pipeline, tmp_path):
+    kept = Latents(0.5, "ab" * 32, fingerprint(pipeline().first_stage))
+    GuideSpace(SHAPE, kept, None).save(tmp_path)
+    assert read_latents(tmp_path) == kept
+    (tmp_path / "latents.json").write_text('{"scaling_factor": 1.0, "fingerprint": "abc"}')
+    with pytest.raises(CheckpointError, match="must hold a list of numbers as its fingerprint"):
+        read_latents(tmp_path)

@@ -274,13 +274,16 @@ def test_scale_from_batch_brings_latents_to_unit_deviation():
         ({"guidance_rescale": 2.0}, "between 0 and 1"),
         ({"negative_prompt": ["red", "circle"]}, "one per prompt"),
         ({"num_images_per_prompt": 0}, "whole number from 1"),
-        ({"eta": 1.5}, "eta is 0 to 1"),
+        ({"eta": 1.5}, "eta=1.5 .*it is 0 to 1"),
         ({"eta": 0.5, "sampler": "ddpm"}, "0 for any other"),
         ({"sampler": "plmz"}, "ddim, ddpm, plms"),
         ({"sampler": "plms", "karras": True}, "karras=True with sampler 'plms'"),
         ({"output_type": "jpg"}, "pil, np, pt, latent"),
-        ({"generator": seeds(1, 2)}, "2 generators for 1 pictures"),
-        ({"latents": torch.zeros(1, 4, 4, 4)}, r"\(1, 4, 4, 4\); this call needs \(1, 4, 8, 8\)"),
+        ({"generator": seeds(1, 2)}, "2 generators for a batch of 1"),
+        (
+            {"latents": torch.zeros(1, 4, 4, 4)},
+            r"\(1, 4, 4, 4\); this call needs a float tensor \(1, 4, 8, 8\)",
+        ),
     ],
 )
 def test_unusable_calls_are_refused_before_any_step(pipeline, arguments, said):

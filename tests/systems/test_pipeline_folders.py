@@ -251,7 +251,7 @@ def other_unet(folder):
         (cut, "cannot read the weights"),
         (other_weights, r"does not fit UNet2DConditionModel: \d+ missing \(.*resnets\.1"),
         (other_width, r"attn2\.to_k\.weight is"),
-        (other_stage, "the configuration is of a AutoencoderKL"),
+        (other_stage, "the configuration is of an AutoencoderKL, not of a VQModel"),
         (other_sampler, "LMSDiscreteScheduler is not offered"),
         (other_solver, "DPMSolverMultistepScheduler with solver_order=3 is not offered; use 2"),
         (other_pipeline, r"StableDiffusionPipeline\) has no part bert"),

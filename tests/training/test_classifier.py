@@ -15,6 +15,7 @@ from fastldm.cli import main
 from fastldm.diffusion import NoiseSchedule
 from fastldm.errors import ConfigError
 from fastldm.systems import ClassifierGuide, LatentDiffusionPipeline
+from fastldm.systems.guides import fingerprint
 from fastldm.training.classifier import ClassifierTask
 from fastldm.training.config import ClassifierConfig, load_config
 from fastldm.training.data import StreamSampler, batches
@@ -171,6 +172,7 @@ def test_every_weight_learns_and_the_export_is_the_run_s(classifier_config, on_l
     if stage:
         assert guide.space.latents.scaling_factor == task.first_stage.scaling_factor
         assert guide.space.latents.first_stage_sha256 == task.first_stage.sha256
+        assert guide.space.latents.fingerprint == fingerprint(task.first_stage.model)
     else:
         assert guide.space.latents is None
     x, _ = task.first_stage.shown(task.pictures, 4, seed=0)
@@ -232,6 +234,8 @@ def test_class_folders_give_the_classes(classifier_config, tmp_path):
         ("model.out_channels=3", r"model\.out_channels=3 for data with 24; leave it out"),
         ("model.image_size=64", r"model\.image_size=64 for data with 32"),
         ("model.widths=3", "'widths'"),
+        ("data.kind=two", r"data\.kind=two has pictures of two objects, .*use data\.kind=one"),
+        ("data.kind=mixed", r"data\.kind=mixed has pictures of two objects"),
         ("first_stage.path=''", r"first_stage\.path is not set"),
         ("first_stage.path=nowhere", "cannot read the first stage"),
         ("schedule.beta_schedule=cosine", "beta_schedule='cosine' is not offered"),

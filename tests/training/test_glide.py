@@ -305,6 +305,12 @@ def test_a_folder_that_cannot_be_gone_on_with_is_named(glide_config, trained, tm
         GlideTask(glide_config(*trained, *UPSAMPLER))
     with pytest.raises(ConfigError, match=r"makes pictures of 32 pixels; set data\.size to that"):
         GlideTask(glide_config(*trained, "data.size=64"))
+    assert GlideTask(glide_config("low_res=16")).pipeline().upsampler.low_res == 16
+    GlideTask(glide_config("low_res=16")).export(tmp_path / "upsampler", torch.float32)
+    further = [f"start_from={tmp_path / 'upsampler'}", "unet={}"]
+    with pytest.raises(ConfigError, match="enlarges pictures of 16 pixels; set low_res to that"):
+        GlideTask(glide_config(*further, "low_res=8"))
+    assert GlideTask(glide_config(*further, "low_res=16", "inpainting=true")).stage.low_res == 16
     GlideTask(glide_config(*trained, "inpainting=true")).export(tmp_path / "inpainting", torch.float32)
     with pytest.raises(ConfigError, match="inpaints; add inpainting=true"):
         GlideTask(glide_config(f"start_from={tmp_path / 'inpainting'}", "unet={}"))

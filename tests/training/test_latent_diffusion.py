@@ -386,6 +386,7 @@ def test_what_cannot_work_is_refused_before_training(ldm_config, tmp_path):
             ["conditioner.kind=image", "conditioner.config={}", "unet.cross_attention_dim=16"],
         ),
         (ConfigError, "data.path", ["data.source=image_folder"]),
+        (ConfigError, "no single class", ["conditioner.kind=class", "data.kind=two"]),
     ]
     for error, message, overrides in cases:
         with pytest.raises(error, match=message) as caught:

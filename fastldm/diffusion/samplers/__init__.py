@@ -27,9 +27,9 @@ from fastldm.diffusion.samplers.euler import (
     sample_heun,
 )
 from fastldm.diffusion.samplers.flow import flow_euler_step, flow_sigmas, sample_flow_euler, shift_sigmas
-from fastldm.diffusion.samplers.levels import NoiseLevels, karras_sigmas, noise_levels
+from fastldm.diffusion.samplers.levels import MULTISTEP, NoiseLevels, karras_sigmas, noise_levels
 from fastldm.diffusion.samplers.multistep import dpmpp_2m_step, sample_dpmpp_2m, sample_unipc, unipc_correct
-from fastldm.diffusion.samplers.walk import Callback, Generators, SamplerStep, randn
+from fastldm.diffusion.samplers.walk import Callback, Generators, SamplerStep, check_generators, randn
 
 # Called as sample(denoiser, x, schedule, timesteps, ...).
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
@@ -47,11 +47,13 @@ DRAWING = ("ddim", "ddpm", "euler_ancestral")
 
 __all__ = [
     "DRAWING",
+    "MULTISTEP",
     "SAMPLERS",
     "Callback",
     "Generators",
     "NoiseLevels",
     "SamplerStep",
+    "check_generators",
     "ddim_step",
     "ddpm_step",
     "dpmpp_2m_step",

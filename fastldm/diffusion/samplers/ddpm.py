@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastldm.checks import is_fraction
 from fastldm.diffusion.guidance import Denoiser, Gradient, finite
 from fastldm.diffusion.predictions import to_eps, to_x0
 from fastldm.diffusion.samplers.walk import (
@@ -147,8 +148,8 @@ def sample_ddim(
     progress: bool = False,
 ) -> Tensor:
     """Walk x (B, ...) from pure noise to the sample by DDIM; at eta 0 nothing is drawn."""
-    if not 0 <= eta <= 1:
-        raise InputError(f"eta={eta}: use a value between 0 (DDIM) and 1 (as random as DDPM)")
+    if not is_fraction(eta):
+        raise InputError(f"eta={eta!r}: use a value between 0 (DDIM) and 1 (as random as DDPM)")
     steps = whole_timesteps(timesteps, schedule)
 
     def step(i: int, x: Tensor) -> SamplerStep:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastldm.checks import is_count
 from fastldm.diffusion.samplers.walk import Timesteps, falling_sigmas, falling_timesteps
 from fastldm.diffusion.schedules import TIMESTEP_SPACINGS, NoiseSchedule
 from fastldm.errors import InputError
@@ -125,9 +126,9 @@ def _interpolated(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
 
 def _without_the_last(schedule: NoiseSchedule, count: int, spacing: str) -> Tensor:
     total = schedule.num_train_timesteps
-    if not isinstance(count, (int, np.integer)) or not 1 <= count < total:
+    if not is_count(count) or count >= total:
         raise InputError(
-            f"num_inference_steps={count}: the model was trained on {total} steps; use 1 to {total - 1}"
+            f"num_inference_steps={count!r}: the model was trained on {total} steps; use 1 to {total - 1}"
         )
     if spacing == "trailing":
         return schedule.timesteps(count, spacing)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastldm.checks import described
 from fastldm.diffusion.guidance import Denoiser, Gradient, dynamic_threshold
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import InputError
@@ -39,16 +40,32 @@ def randn(
 
     A list of generators, one per sample, makes each sample's noise its own, whatever the batch it stands in.
     The draw happens on the generator's device, so that a CPU generator gives the same numbers everywhere.
+
+    Raises:
+        InputError: see `check_generators`.
     """
+    check_generators(generator, shape[0])
     if generator is None or isinstance(generator, torch.Generator):
         source = device if generator is None else generator.device
         return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
-    if len(generator) != shape[0]:
-        raise InputError(
-            f"{len(generator)} generators for a batch of {shape[0]}: give one per sample, or a single one"
-        )
     rows = [torch.randn((1, *shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generator]
     return torch.cat(rows).to(device)
+
+
+def check_generators(generator: Generators, samples: int) -> None:
+    """InputError unless it is one generator, one for each of so many samples, or None."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    each = list(generator) if isinstance(generator, Sequence) else [generator]
+    if wrong := [g for g in each if not isinstance(g, torch.Generator)]:
+        raise InputError(
+            f"generator: {described(wrong[0])} is none; give torch.Generator().manual_seed(0), or a list of "
+            "them"
+        )
+    if len(each) != samples:
+        raise InputError(
+            f"{len(each)} generators for a batch of {samples}: give one, or one for each of its samples"
+        )
 
 
 def evaluate(function: Denoiser | Gradient, x: Tensor, t: float) -> Tensor:

@@ -1,0 +1,33 @@
+"""Captions as users give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastldm.errors import InputError
+
+
+def as_captions(
+    name: str, given: str | Sequence[str], *, noun: str = "caption", at_least: int = 1
+) -> list[str]:
+    """A caption or a sequence of captions as a list.
+
+    Args:
+        name, noun: what the argument and one of them are called in messages.
+        at_least: how many there must be.
+
+    Raises:
+        InputError: for something that is not text, or too few.
+    """
+    captions: Any = [given] if isinstance(given, str) else given
+    if not isinstance(captions, Sequence):
+        raise InputError(f"{name} must be a {noun} or a list of {noun}s, not {type(given).__name__}")
+    for i, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise InputError(
+                f"{name} must be a {noun} or a list of {noun}s, but its item {i} is {caption!r:.40}, not text"
+            )
+    if len(captions) < at_least:
+        raise InputError(f"there is no {name.removesuffix('s')}; give at least one")
+    return list(captions)

@@ -1,0 +1,163 @@
+"""What every pipeline's call refuses, and of what it warns: alike, in one line, before a step is made."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastldm.errors import InputError
+from fastldm.systems import GlidePipeline
+from tests.systems.test_glide import PROMPTS, TOKENIZER, base_stage, upsampler_stage
+
+CALL = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent", "progress": False}
+
+
+@pytest.fixture(params=["latent diffusion", "glide"])
+def pipe(request, pipeline):
+    if request.param == "glide":
+        return GlidePipeline(TOKENIZER, base_stage())
+    return pipeline()
+
+
+def evaluations(pipe):
+    """A list that grows with every step."""
+    steps = []
+    unet = pipe.base.unet if isinstance(pipe, GlidePipeline) else pipe.unet
+    unet.register_forward_pre_hook(lambda *a: steps.append(1))
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_inference_steps": "2"}, "num_inference_steps='2': "),
+        ({"num_inference_steps": True}, "num_inference_steps=True: "),
+        ({"generator": 3}, r"generator: int is none; give torch\.Generator\(\)\.manual_seed\(0\)"),
+        ({"generator": [3]}, "generator: int is none"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, r"latents are ndarray of float64 .* needs a float tensor \(1,"),
+        ({"latents": torch.zeros(1, 4, 8, 8).long()}, "latents are int64"),
+        ({"num_images_per_prompt": "2"}, "num_images_per_prompt='2'"),
+        ({"eta": "0"}, "eta='0'"),
+        ({"guidance_scale": "2"}, "guidance_scale='2'"),
+        ({"guidance_scale": True}, "guidance_scale=True"),
+        ({"gradient_scale": "2"}, "gradient_scale='2': give a finite number"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end is int: give a function"),
+        ({"prompt": [1]}, "prompt must be a caption or a list of captions, but its item 0 is 1, not text"),
+        ({"prompt": None}, "prompt must be a caption or a list of captions, not NoneType"),
+        ({"prompt": []}, "there is no prompt; give at least one"),
+        ({"negative_prompt": [None]}, "negative_prompt.* item 0 is None, not text"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_before_any_step(pipe, options, said):
+    steps = evaluations(pipe)
+    with pytest.raises(InputError, match=said) as caught:
+        pipe(**{"prompt": "a star", **CALL, **options})
+    assert "\n" not in str(caught.value)
+    assert steps == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (3, "gave int at step 0"),
+        ({"latents": 3}, r"gave \{'latents': int\} at step 0"),
+        ({"latents": torch.zeros(1)}, r"gave \{'latents': float32 \(1,\)\}"),
+        ({"latent": torch.zeros(1)}, r"gave \{'latent': float32"),
+    ],
+)
+def test_a_callback_gives_latents_or_nothing(pipe, given, said):
+    with pytest.raises(InputError, match=rf"callback_on_step_end {said}.*must give None or .\"latents\": a"):
+        pipe("a star", callback_on_step_end=lambda *a: given, **CALL)
+    for nothing in (None, {}):
+        plain = pipe("a star", generator=torch.Generator().manual_seed(0), **CALL).images
+        found = pipe(
+            "a star",
+            generator=torch.Generator().manual_seed(0),
+            callback_on_step_end=lambda *a, nothing=nothing: nothing,
+            **CALL,
+        ).images
+        assert torch.equal(found, plain)
+
+
+def test_what_has_no_effect_is_said_at_the_user_s_line(pipe):
+    def said(**options):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipe("a star", **{**CALL, **options})
+        assert {warning.filename for warning in caught} <= {__file__}
+        return [str(warning.message) for warning in caught]
+
+    assert said(gradient_scale=3.0) == ["gradient_scale has no effect without a gradient"]
+    unguided = {"guidance_scale": 1.0, "negative_prompt": "a circle"}
+    assert said(**unguided) == ["negative_prompt has no effect at guidance_scale=1"]
+    assert said(negative_prompt="a circle") == []
+    assert said(gradient=lambda x, t: x, gradient_scale=0.0) == []
+
+
+def test_the_rescaling_of_guidance_is_a_fraction_and_needs_guidance(pipeline):
+    with pytest.raises(InputError, match="guidance_rescale='1': use a value between 0 and 1"):
+        pipeline()("a star", guidance_rescale="1", **CALL)
+    with pytest.warns(UserWarning, match="guidance_rescale has no effect at guidance_scale=1"):
+        pipeline()("a star", **{**CALL, "guidance_scale": 1.0}, guidance_rescale=0.5)
+
+
+def test_sizes_are_whole_numbers(pipeline):
+    with pytest.raises(InputError, match="height='64', width=64: use multiples of 8"):
+        pipeline()("a star", height="64", **CALL)
+
+
+@pytest.fixture(scope="module")
+def inpainter():
+    torch.manual_seed(0)
+    return GlidePipeline(TOKENIZER, base_stage(inpaint=True), upsampler_stage(inpaint=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (Image.new("L", (0, 0)), "mask: a picture of 0x0 pixels"),
+        (torch.zeros(12, 12), r"mask is float32 \(12, 12\): .*\(8, 8\) or \(16, 16\), or \(1, 1, "),
+        (torch.zeros(3, 1, 16, 16), r"mask is float32 \(3, 1, 16, 16\): "),
+        (np.zeros((16, 16)), r"mask is ndarray of float64 \(16, 16\): give a PIL image, or a tensor"),
+    ],
+)
+def test_masks_that_do_not_fit_are_said_as_they_were_given(inpainter, given, said):
+    with pytest.raises(InputError, match=said):
+        inpainter.inpaint("a star", torch.zeros(1, 3, 16, 16), given, **CALL)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (Image.new("RGB", (0, 5)), "a picture of 0x5 pixels"),
+        ([Image.new("RGB", (8, 8)), 3], "must be a PIL image, a list of them, or a tensor .*a list of 2"),
+        ("a.png", "must be a PIL image, .* not str"),
+        (np.zeros((16, 16, 3)), "must be a PIL image, .* not ndarray of float64"),
+    ],
+)
+def test_pictures_have_pixels(inpainter, given, said):
+    with pytest.raises(InputError, match=f"image.*{said}") as caught:
+        inpainter.inpaint("a star", given, torch.zeros(16, 16), **CALL)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=f"low_res.*{said}"):
+        inpainter.upsample(PROMPTS, given, upsampler_steps=2, progress=False)
+
+
+@pytest.mark.parametrize("steps", [0, "ten", True, 2.5, 2000])
+def test_steps_of_the_upsampler_are_named_so(inpainter, steps):
+    with pytest.raises(InputError, match=rf"upsampler_steps={steps!r}: use 1 to 1000, .* or 'fast27'"):
+        inpainter("a star", **CALL, upsampler_steps=steps)
+
+
+def test_defaults_of_numpy_are_stored_as_plain_numbers(pipe, tmp_path):
+    parts = (TOKENIZER, pipe.base) if isinstance(pipe, GlidePipeline) else None
+    if parts is None:
+        parts = (pipe.first_stage, pipe.conditioner, pipe.unet, pipe.schedule)
+    defaults = {"num_inference_steps": np.int64(3), "guidance_scale": torch.tensor(2.0)}
+    type(pipe)(*parts, defaults=defaults).save_pretrained(tmp_path / "model")
+    loaded = type(pipe).from_pretrained(tmp_path / "model").defaults
+    assert (loaded["num_inference_steps"], loaded["guidance_scale"]) == (3, 2.0)
