@@ -151,6 +151,7 @@ def test_a_guide_of_something_else_is_refused_before_sampling(pipeline):
         (guide(pipe, shape=(4, 4, 4)), r"trained on latents \(4, 4, 4\).* diffuses latents \(4, 8, 8\)"),
         (guide(pipe, latents=None), "trained on pictures"),
         (guide(pipe, latents=Latents(2 * pipe.scaling_factor)), "another first stage"),
+        (guide(pipe, latents=Latents(1.001 * pipe.scaling_factor)), "another first stage"),
         (guide(pipe, schedule=cosine), "another schedule"),
         (guide(pipe, schedule=NoiseSchedule.scaled_linear(500)), "another schedule"),
         (guide(pipe, (0, 1)), "2 captions or labels for 1 prompts"),
