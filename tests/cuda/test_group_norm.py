@@ -17,6 +17,7 @@ from fastldm.kernels.common.target import KNOWN
 from fastldm.native import build_cuda
 from fastldm.native.cuda import group_norm as cuda
 from fastldm.native.cuda import support
+from fastldm.native.group_norm import run_forward
 from fastldm.native.library import load_cuda
 from fastldm.reference.group_norm import group_norm as reference
 from fastldm.testing import assert_as_accurate, poisoned_memory
@@ -97,7 +98,7 @@ class Kernels:
 
     def __init__(self, shim, way, capability=90, seed=0):
         self.shim, self.way, self.capability, self.seed = shim, way, capability, seed
-        self.forward = partial(cuda.run_forward, self._forward)
+        self.forward = partial(run_forward, self._forward, cuda.dense_rows)
         self.backward = partial(cuda.run_backward, self._backward)
 
     def _plan(self, x, channels_last, groups):
