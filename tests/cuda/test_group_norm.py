@@ -20,6 +20,7 @@ from fastldm.native.cuda import support
 from fastldm.native.group_norm import run_forward
 from fastldm.native.library import load_cuda
 from fastldm.reference.group_norm import group_norm as reference
+from fastldm.reference.group_norm import group_norm_backward as reference_backward
 from fastldm.testing import assert_as_accurate, poisoned_memory
 from fastldm.testing.group_norm import assert_group_norm, plain_gradients
 from fastldm.testing.inputs import group_norm_inputs
@@ -255,6 +256,36 @@ def test_mean_far_from_zero_costs_no_digit(shim, layout, name):
     check(Kernels(shim, way_of(name, layout)), inputs, 4, None, exact=True)
 
 
+@pytest.mark.parametrize(
+    ("per_group", "pixels", "way"),
+    [
+        (131, 300_000, Way(0, wide=False)),
+        (48, 700_001, Way(0, wide=False)),
+        (48, 700_004, Way(0)),
+        (2048, 2**21 - 1, Way(0, wide=False)),
+    ],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_counts_are_exact(shim, layout, per_group, pixels, way):
+    """Past 2^24 elements, where float32 counts 131 as 132, and up to the last before 2^32."""
+    channels_last = layout == "channels-last"
+    problem = problem_of((1, per_group, pixels), 1, torch.float32, channels_last)
+    units, vector = units_of(problem, way.wide), 4 if way.wide else 1
+    parts = min(units, 300_000)
+    counts, merged = torch.full((parts,), -1), numbers(-1)
+    choice = numbers(*way._replace(chunks=min(parts, units), tile=1))
+    shim("group_norm_forward")("count", problem, choice, parts, counts, merged)
+    before = torch.arange(parts + 1) * units // parts
+    if channels_last:
+        before = before * per_group
+    else:
+        segments = units // per_group
+        segment = -(-pixels // vector // segments) * vector
+        before = before // segments * pixels + before % segments * segment
+    assert torch.equal(counts, before.diff())
+    assert merged.item() == counts.sum().item() == per_group * pixels
+
+
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("size", [30.0, 3e4])
 def test_channel_bias_that_cancels_the_channels_of_x(shim, size, name):
@@ -283,6 +314,36 @@ def test_constant_groups(shim, value, name):
     assert all(result.isfinite().all() for result in results.values())
     y = torch.nn.functional.silu(inputs["bias"])[:, None, None].expand_as(results["y"])
     torch.testing.assert_close(results["y"], y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cluster-8", "chunks"])
+def test_equal_channels_come_out_equal(shim, name):
+    """Lanes have channels of one group, whose moments are merged once for all of them."""
+    inputs = group_norm_inputs(GroupNormShape((1, 32, 9, 8), 1), torch.float32, mean=30.0)
+    inputs = {n: inputs[n][:, :1].expand_as(inputs[n]).contiguous() for n in ("x", "grad")}
+    way = WAYS[name]._replace(chunks=7)
+    for seed in range(4):
+        inputs["x"] += torch.randn(72, generator=torch.Generator().manual_seed(seed)).view(9, 8)
+        results = Kernels(shim, way).both(inputs, 1)
+        assert all((results[result] == results[result][:, :1]).all() for result in ("y", "x"))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_the_least_eps(shim, name):
+    """rstd of a constant group is then 1e19, whose square is past float32."""
+    inputs = some(group_norm_inputs(GroupNormShape((1, 8, 5, 8), 2), torch.float32), "weight", "scale")
+    inputs["x"].fill_(2.0)
+    inputs["scale"] *= 1e-19
+    values = (inputs["weight"] * 1e-19, None, 1e-38, None, None, inputs["scale"], None)
+    kernels = Kernels(shim, WAYS[name])
+    y, mean, rstd = kernels.forward(inputs["x"], 2, *values)
+    assert (y == 0).all()
+    grads = kernels.backward(
+        inputs["grad"], inputs["x"], mean, rstd, 2, *values, [True] * 2 + [False] * 2 + [True, False]
+    )
+    wanted = reference_backward(inputs["grad"], inputs["x"], 2, values[0], eps=1e-38, scale=inputs["scale"])
+    for found, exact in zip((grads[0], grads[1], grads[4]), (wanted[0], wanted[1], wanted[4])):
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -413,6 +474,13 @@ def test_refusals_of_the_plan(shim):
     inputs = group_norm_inputs(GroupNormShape((1, 2049, 1), 1), torch.float32)
     with pytest.raises(ShimError, match="up to 2048 channels a group"):
         Kernels(shim, Way(1, wide=False)).both(some(inputs), 1)
+    problem, choice, number = (
+        problem_of((1, 2048, 2**21), 1, torch.float32, True),
+        numbers(*Way(0, tile=1)),
+        numbers(-1),
+    )
+    with pytest.raises(ShimError, match="less than 2\\^32 elements a group"):
+        shim("group_norm_forward")("count", problem, choice, 1, number, number)
     inputs = group_norm_inputs(GroupNormShape((1, 4, 8), 1), torch.float32)
     with pytest.raises(ShimError, match="needs a device of capability 90, not 80"):
         Kernels(shim, Way(2), capability=80).both(inputs, 1)
@@ -440,8 +508,11 @@ def test_refusals(monkeypatch):
     rest = (None, None, 1e-5, None, None, None, None)
     assert cuda.supports(on_gpu(2, 64, 8, 8), 32, *rest) is None
     assert "up to 2048 channels per group, got 4096" in cuda.supports(on_gpu(2, 4096, 8), 1, *rest)
-    assert "less than 2^31 channels, got 2147483648" in cuda.supports(on_gpu(1, 2**31, 1), 2**21, *rest)
+    assert "up to 2^30 channels, got 2147483648" in cuda.supports(on_gpu(1, 2**31, 1), 2**21, *rest)
     assert "up to 2^30 pixels" in cuda.supports(on_gpu(1, 1, 2**30 + 1), 1, *rest)
+    assert "less than 2^32 elements per group, got 4294967296" in cuda.supports(
+        on_gpu(1, 8, 2**16, 2**14), 2, *rest
+    )
     assert "2^27 groups" in cuda.supports(on_gpu(2**20, 128, 1), 128, *rest)
     assert "not torch.float64" in cuda.supports(
         on_gpu(2, 64, 8), 32, on_gpu(64, dtype=torch.float64), *rest[1:]

@@ -22,7 +22,8 @@ from fastldm.native.group_norm import run_forward
 MAX_CHANNELS_PER_GROUP = 2048
 MAX_PIXELS = 1 << 30
 MAX_GROUPS = 1 << 27
-MAX_CHANNELS = (1 << 31) - 1
+MAX_CHANNELS = 1 << 30
+MAX_ELEMENTS = 1 << 32
 # Of a slab with the channels last, in the backward: 40 bytes a channel and a table of 24 KiB are 99 KiB.
 MAX_CHANNELS_IN_99_KIB = 1900
 
@@ -35,9 +36,12 @@ def supports(x, num_groups, weight, bias, eps, activation, *per_sample) -> str |
     if batch * num_groups >= MAX_GROUPS:
         return f"takes less than 2^27 groups of all samples, got {batch * num_groups}"
     if channels > MAX_CHANNELS:
-        return f"takes less than 2^31 channels, got {channels}"
-    if x.shape[2:].numel() > MAX_PIXELS:
-        return f"takes up to 2^30 pixels, got {x.shape[2:].numel()}"
+        return f"takes up to 2^30 channels, got {channels}"
+    pixels = x.shape[2:].numel()
+    if pixels > MAX_PIXELS:
+        return f"takes up to 2^30 pixels, got {pixels}"
+    if per_group * pixels >= MAX_ELEMENTS:
+        return f"takes less than 2^32 elements per group, got {per_group * pixels}"
     return refuse(x, *(p for p in (weight, bias, *per_sample) if p is not None))
 
 
