@@ -77,7 +77,7 @@ FASTLDM_DEVICE void finish_gradient(const Tile& tile, const GroupNormChannelGrad
     const float mean2 = divide(rstd * warp_reduce(sum[1], Sum()), count) - off * mean1;
     if (lane_id() == 0) {
       store_four(groups_at, group,
-                 Vec<float, 4>{{-rstd * rstd * mean2, rstd * (off * mean2 - mean1), 0.0f, 0.0f}});
+                 Vec<float, 4>{{-rstd * (rstd * mean2), rstd * (off * mean2 - mean1), 0.0f, 0.0f}});
     }
     if (!tells) return;
     tile.each_channel(group, [&](int channel) {
@@ -274,7 +274,7 @@ struct GroupNormSums {
     const std::int64_t at = std::int64_t{block_x()} * 3 * to.sizes.width();
     // The table has room for the runs of one tile.
     for (int begin = part.begin; begin < part.end; begin += params.tile) {
-      const GroupNormRange range{begin, part.end - begin < params.tile ? part.end : begin + params.tile};
+      const GroupNormRange range = group_norm_tile(part, begin, params.tile);
       slab.template sum_range<2>(range, [&](const GroupNormRun& run, int i) {
         return slab.template read_pair<Cache::normal>(run, i);
       });

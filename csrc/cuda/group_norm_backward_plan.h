@@ -18,15 +18,7 @@ struct GroupNormBackwardCall {
 
 template <class T>
 GroupNormChoice choose_group_norm_backward(const GroupNormProblem& problem, const Context& context) {
-  const auto clusters = [&](const GroupNormChoice& choice, int bytes) {
-    Shape shape;
-    shape.grid_x = choice.range * choice.cluster;
-    shape.cluster = choice.cluster;
-    shape.shared_bytes = bytes;
-    return problem.channels_last ? resident_clusters<GroupNormBackward<T, true, true, true>>(shape, context)
-                                 : resident_clusters<GroupNormBackward<T, false, true, true>>(shape, context);
-  };
-  return choose_group_norm(problem, context.device, 2, 3, clusters);
+  return choose_group_norm<GroupNormBackward, T>(problem, context, 2, 3);
 }
 
 template <class T>

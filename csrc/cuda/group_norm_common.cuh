@@ -100,6 +100,11 @@ FASTLDM_DEVICE GroupNormRange group_norm_part(int units, int part, int parts) {
   return {static_cast<int>(all * part / parts), static_cast<int>(all * (part + 1) / parts)};
 }
 
+// `tile` units of a part from `begin` on, or those that are left.
+FASTLDM_DEVICE GroupNormRange group_norm_tile(const GroupNormRange& part, int begin, int tile) {
+  return {begin, part.end - begin < tile ? part.end : begin + tile};
+}
+
 // a + b exactly, as a pair: high is the sum in float32 (Knuth, The Art of Computer Programming 2, 4.2.2).
 struct ExactPair {
   float high, low;
@@ -145,18 +150,17 @@ struct GroupNormTile {
 
   FASTLDM_DEVICE int units() const { return sizes.units(ChannelsLast); }
 
-  // Elements of a group before a unit.
-  FASTLDM_DEVICE float elements_before(int unit) const {
+  // Elements of a group before a unit: less than 2^32 (`check_group_norm`).
+  FASTLDM_DEVICE std::uint32_t elements_before(int unit) const {
     if constexpr (ChannelsLast) {
-      return static_cast<float>(static_cast<std::int64_t>(unit) * sizes.per_group);
+      return static_cast<std::uint32_t>(unit) * static_cast<std::uint32_t>(sizes.per_group);
     } else {
-      const int channel = unit / sizes.segments, segment = unit - channel * sizes.segments;
-      const std::int64_t pixels = std::int64_t{sizes.pixels} * channel;
-      return static_cast<float>(pixels + std::int64_t{segment} * sizes.segment * vector);
+      const std::uint32_t channel = unit / sizes.segments, segment = unit % sizes.segments;
+      return channel * sizes.pixels + segment * sizes.segment * vector;
     }
   }
 
-  FASTLDM_DEVICE float elements(const GroupNormRange& range) const {
+  FASTLDM_DEVICE std::uint32_t elements(const GroupNormRange& range) const {
     return elements_before(range.end) - elements_before(range.begin);
   }
 
@@ -328,20 +332,24 @@ struct GroupNormTile {
 };
 
 // What is known of the elements of a group seen so far. Their mean is pivot + rest, a pair so that x - mean loses
-// nothing where the mean is large; spread is the sum of (x - mean)^2.
+// nothing where the mean is large; spread is the sum of (x - mean)^2. The count is exact: float32 would add 131 to 2^24
+// as 132, at every tile again.
 struct GroupNormMoments {
-  float pivot, rest, spread, count;
+  float pivot, rest, spread;
+  std::uint32_t count;
 };
 
 // Of both together (Chan, Golub, LeVeque, The American Statistician 37, 1983). Not commutative in the last bits: only
 // lane 0 has the result of a reduction.
 struct GroupNormMerge {
   FASTLDM_DEVICE GroupNormMoments operator()(const GroupNormMoments& a, const GroupNormMoments& b) const {
-    if (b.count == 0.0f) return a;
-    if (a.count == 0.0f) return b;
-    const float count = a.count + b.count, share = divide(b.count, count);
+    if (b.count == 0) return a;
+    if (a.count == 0) return b;
+    const std::uint32_t count = a.count + b.count;
+    const float share = divide(static_cast<float>(b.count), static_cast<float>(count));
     const float apart = (b.pivot - a.pivot) + (b.rest - a.rest);
-    return {a.pivot, a.rest + apart * share, a.spread + b.spread + apart * apart * (a.count * share), count};
+    return {a.pivot, a.rest + apart * share,
+            a.spread + b.spread + apart * apart * (static_cast<float>(a.count) * share), count};
   }
 };
 
@@ -354,9 +362,13 @@ FASTLDM_DEVICE void store_four(const Shared<float>& to, int index, const Four& f
   to.store_vector<4>(index * 4, vector);
 }
 
-FASTLDM_DEVICE GroupNormMoments moments_at(const Shared<float>& from, int group) {
-  const Vec<float, 4> four = from.load_vector<4>(group * 4);
-  return {four[0], four[1], four[2], four[3]};
+// `index` counts groups, in shared or global memory.
+template <class View>
+FASTLDM_DEVICE GroupNormMoments moments_at(const View& from, std::int64_t index) {
+  const Vec<float, 4> four = from.template load_vector<4>(index * 4);
+  GroupNormMoments moments;
+  memcpy(&moments, &four, sizeof(four));
+  return moments;
 }
 
 }  // namespace fastldm::cuda

@@ -79,7 +79,7 @@ struct GroupNormForwardSlab : GroupNormTile<T, ChannelsLast, Wide, Threads> {
   FASTLDM_DEVICE void tile_moments(const GroupNormRange& range, const Body& body) const {
     wait_group<0>();
     block_sync();
-    const float count = this->elements(range);
+    const float count = static_cast<float>(this->elements(range));
     this->each_run(range, [&](const GroupNormRun& run) {
       typename Tile::Channel channel[columns];
       Tile::channels_of(run, constants, channel);
@@ -136,7 +136,7 @@ struct GroupNormForwardSlab : GroupNormTile<T, ChannelsLast, Wide, Threads> {
       if (lane_id() == 0) {
         const float pivot = constants.load(group * this->sizes.per_group * 4 + 2);
         const float rest = divide(sum, count), spread = squares - sum * rest;
-        body(group, GroupNormMoments{pivot, rest, spread < 0.0f ? 0.0f : spread, count});
+        body(group, GroupNormMoments{pivot, rest, spread < 0.0f ? 0.0f : spread, this->elements(range)});
       }
     });
   }
@@ -146,10 +146,11 @@ struct GroupNormForwardSlab : GroupNormTile<T, ChannelsLast, Wide, Threads> {
   template <class Where>
   FASTLDM_DEVICE void finish(int parts, bool tells, const Where& where) const {
     this->each_group([&](int group) {
-      GroupNormMoments moments{0.0f, 0.0f, 0.0f, 0.0f};
+      GroupNormMoments moments{0.0f, 0.0f, 0.0f, 0};
       for (int part = lane_id(); part < parts; part += kWarp) moments = GroupNormMerge()(moments, where(group, part));
       moments = shuffle_from(warp_reduce(moments, GroupNormMerge()), 0);
-      const float rstd = divide(1.0f, square_root(divide(moments.spread, moments.count) + params.eps));
+      const float variance = divide(moments.spread, static_cast<float>(moments.count));
+      const float rstd = divide(1.0f, square_root(variance + params.eps));
       const int number = this->first_group + group;
       if (tells && lane_id() == 0) {
         const std::int64_t at = std::int64_t{this->sample} * this->sizes.num_groups + number;
@@ -230,8 +231,6 @@ struct GroupNormForward {
 template <class T, bool ChannelsLast, bool Wide>
 struct GroupNormStatistics {
   static constexpr int threads = 256;
-  // On sm_80, with 16-bit vectors and the channels last, 80 registers spill 20 bytes; two blocks would have a third
-  // less of the tensor in flight.
   static constexpr int min_blocks = 3;
   static constexpr int min_capability = 80;
   using Params = GroupNormForwardParams<T>;
@@ -242,7 +241,7 @@ struct GroupNormStatistics {
     const Slab slab(params, slab_index);
     const GroupNormRange part = group_norm_part(slab.units(), chunk, params.chunks);
     for (int begin = part.begin; begin < part.end; begin += params.tile) {
-      const GroupNormRange range{begin, part.end - begin < params.tile ? part.end : begin + params.tile};
+      const GroupNormRange range = group_norm_tile(part, begin, params.tile);
       slab.fetch_tile(range);
       slab.tile_moments(range, [&](int group, const GroupNormMoments& moments) {
         const bool first = begin == part.begin;
@@ -273,8 +272,7 @@ struct GroupNormNormalize {
     const Slab slab(params, params.first_slab + number);
     slab.finish(params.chunks, chunk == 0, [&](int group, int part) {
       const std::int64_t at = (std::int64_t{number} * params.chunks + part) * params.sizes.groups + group;
-      const Vec<float, 4> four = params.partial.template load_vector<4>(at * 4);
-      return GroupNormMoments{four[0], four[1], four[2], four[3]};
+      return moments_at(params.partial, at);
     });
     const Global<const T> x = params.x + slab.base();
     // A run of a segment is two vectors long, one of a column much longer.

@@ -18,15 +18,7 @@ struct GroupNormForwardCall {
 
 template <class T>
 GroupNormChoice choose_group_norm_forward(const GroupNormProblem& problem, const Context& context) {
-  const auto clusters = [&](const GroupNormChoice& choice, int bytes) {
-    Shape shape;
-    shape.grid_x = choice.range * choice.cluster;
-    shape.cluster = choice.cluster;
-    shape.shared_bytes = bytes;
-    return problem.channels_last ? resident_clusters<GroupNormForward<T, true, true, true>>(shape, context)
-                                 : resident_clusters<GroupNormForward<T, false, true, true>>(shape, context);
-  };
-  return choose_group_norm(problem, context.device, 1, 2, clusters);
+  return choose_group_norm<GroupNormForward, T>(problem, context, 1, 2);
 }
 
 // `memory(count)` gives that many floats, needed until the launches have run.

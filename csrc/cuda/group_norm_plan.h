@@ -50,7 +50,7 @@ struct GroupNormArguments {
 };
 
 inline constexpr int kGroupNormMaxChannels = 2048;       // of a group: its numbers are in shared memory
-inline constexpr int kGroupNormMaxPixels = 1 << 30;      // units are counted in 32 bits
+inline constexpr int kGroupNormMaxSize = 1 << 30;        // of a dimension: they are counted in 32 bits
 inline constexpr int kGroupNormL2Bytes = 16 << 20;       // of a launch of two reads: L2 is 40 MiB and more
 inline constexpr int kGroupNormLeastPart = 8 << 10;      // bytes of a block of a cluster
 inline constexpr int kGroupNormLoneSlab = 128 << 10;     // bytes that one block reads sooner than two launches start
@@ -171,9 +171,25 @@ GroupNormChoice choose_group_norm(const GroupNormProblem& problem, const Device&
   return choice.cluster > 0 ? choice : choose_two_reads(problem, device, tensors);
 }
 
+// `Kernel` keeps a slab in a cluster; its occupancy says how many clusters the device holds.
+template <template <class, bool, bool, bool> class Kernel, class T>
+GroupNormChoice choose_group_norm(const GroupNormProblem& problem, const Context& context, int tensors, int sums) {
+  const auto clusters = [&](const GroupNormChoice& choice, int bytes) {
+    Shape shape;
+    shape.grid_x = choice.range * choice.cluster;
+    shape.cluster = choice.cluster;
+    shape.shared_bytes = bytes;
+    return problem.channels_last ? resident_clusters<Kernel<T, true, true, true>>(shape, context)
+                                 : resident_clusters<Kernel<T, false, true, true>>(shape, context);
+  };
+  return choose_group_norm(problem, context.device, tensors, sums, clusters);
+}
+
 inline void check_group_norm(const GroupNormProblem& problem) {
-  require(problem.per_group() <= kGroupNormMaxChannels && problem.pixels <= kGroupNormMaxPixels,
+  require(problem.per_group() <= kGroupNormMaxChannels && problem.pixels <= kGroupNormMaxSize,
           "group norm in CUDA takes up to 2048 channels a group and 2^30 pixels");
+  require(std::int64_t{problem.per_group()} * problem.pixels < std::int64_t{1} << 32,
+          "group norm in CUDA takes less than 2^32 elements a group");
   require(std::int64_t{problem.batch} * problem.num_groups < (1 << 27), "group norm in CUDA takes up to 2^27 groups");
 }
 

@@ -13,7 +13,8 @@ inline GroupNormProblem group_norm_problem(const Tensor& x, bool channels_last, 
   STD_TORCH_CHECK(x.dim() >= 2 && x.numel() > 0, "fastldm_cuda: group norm takes (N, C, ...), not empty");
   const std::int64_t batch = x.size(0), channels = x.size(1), pixels = x.numel() / (batch * channels);
   STD_TORCH_CHECK(groups > 0 && channels % groups == 0, "fastldm_cuda: the groups do not divide the channels");
-  STD_TORCH_CHECK(pixels <= kGroupNormMaxPixels, "fastldm_cuda: group norm takes up to 2^30 pixels");
+  STD_TORCH_CHECK(batch <= kGroupNormMaxSize && channels <= kGroupNormMaxSize && pixels <= kGroupNormMaxSize,
+                  "fastldm_cuda: group norm takes up to 2^30 samples, channels and pixels");
   GroupNormProblem problem{};
   problem.dtype = dtype_of(x);
   problem.batch = static_cast<int>(batch);

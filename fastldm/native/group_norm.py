@@ -35,7 +35,11 @@ def _float32(parameter: Tensor | None) -> Tensor | None:
     return parameter.to(torch.float32).contiguous()
 
 
-def _forward(kernel, x, num_groups, weight, bias, eps, activation, channel_bias, scale, shift):
+def run_forward(
+    kernel, converted, x, num_groups, weight, bias, eps, activation, channel_bias, scale, shift
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, rstd) of a kernel that writes into tensors made here; `converted(parameter)` is what it
+    takes of one, or None."""
     dense, channels_last = dense_layout(x)
     y = torch.empty_like(dense)
     mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
@@ -46,11 +50,7 @@ def _forward(kernel, x, num_groups, weight, bias, eps, activation, channel_bias,
         num_groups,
         eps,
         activation is not None,
-        _float32(weight),
-        _float32(bias),
-        _float32(channel_bias),
-        _float32(scale),
-        _float32(shift),
+        *map(converted, (weight, bias, channel_bias, scale, shift)),
         y,
         mean,
         rstd,
@@ -96,7 +96,7 @@ def implementation() -> Implementation:
     """Needs the compiled library to be loaded."""
     operations = torch.ops.fastldm_cpu
     return Implementation(
-        forward=partial(_forward, operations.group_norm_forward.default),
+        forward=partial(run_forward, operations.group_norm_forward.default, _float32),
         backward=partial(_backward, operations.group_norm_backward.default),
         supports=_supports,
         supports_backward=_supports_backward,

@@ -17,6 +17,7 @@ REFUSALS = {
         r"takes up to 2048 channels per group",
         r"takes less than 2\^27 groups",
         r"takes up to 2\^30 pixels",
+        r"takes less than 2\^32 elements per group",
     ),
     "vq_nearest": (r"takes up to 4096 dimensions", r"takes up to 2\^28 codes"),
     "vq_ema_update": (r"takes up to 2\^28 codes",),

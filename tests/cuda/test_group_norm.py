@@ -17,8 +17,10 @@ from fastldm.kernels.common.target import KNOWN
 from fastldm.native import build_cuda
 from fastldm.native.cuda import group_norm as cuda
 from fastldm.native.cuda import support
+from fastldm.native.group_norm import run_forward
 from fastldm.native.library import load_cuda
 from fastldm.reference.group_norm import group_norm as reference
+from fastldm.reference.group_norm import group_norm_backward as reference_backward
 from fastldm.testing import assert_as_accurate, poisoned_memory
 from fastldm.testing.group_norm import assert_group_norm, plain_gradients
 from fastldm.testing.inputs import group_norm_inputs
@@ -97,7 +99,7 @@ class Kernels:
 
     def __init__(self, shim, way, capability=90, seed=0):
         self.shim, self.way, self.capability, self.seed = shim, way, capability, seed
-        self.forward = partial(cuda.run_forward, self._forward)
+        self.forward = partial(run_forward, self._forward, cuda.dense_rows)
         self.backward = partial(cuda.run_backward, self._backward)
 
     def _plan(self, x, channels_last, groups):
@@ -254,6 +256,36 @@ def test_mean_far_from_zero_costs_no_digit(shim, layout, name):
     check(Kernels(shim, way_of(name, layout)), inputs, 4, None, exact=True)
 
 
+@pytest.mark.parametrize(
+    ("per_group", "pixels", "way"),
+    [
+        (131, 300_000, Way(0, wide=False)),
+        (48, 700_001, Way(0, wide=False)),
+        (48, 700_004, Way(0)),
+        (2048, 2**21 - 1, Way(0, wide=False)),
+    ],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_counts_are_exact(shim, layout, per_group, pixels, way):
+    """Past 2^24 elements, where float32 counts 131 as 132, and up to the last before 2^32."""
+    channels_last = layout == "channels-last"
+    problem = problem_of((1, per_group, pixels), 1, torch.float32, channels_last)
+    units, vector = units_of(problem, way.wide), 4 if way.wide else 1
+    parts = min(units, 300_000)
+    counts, merged = torch.full((parts,), -1), numbers(-1)
+    choice = numbers(*way._replace(chunks=min(parts, units), tile=1))
+    shim("group_norm_forward")("count", problem, choice, parts, counts, merged)
+    before = torch.arange(parts + 1) * units // parts
+    if channels_last:
+        before = before * per_group
+    else:
+        segments = units // per_group
+        segment = -(-pixels // vector // segments) * vector
+        before = before // segments * pixels + before % segments * segment
+    assert torch.equal(counts, before.diff())
+    assert merged.item() == counts.sum().item() == per_group * pixels
+
+
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("size", [30.0, 3e4])
 def test_channel_bias_that_cancels_the_channels_of_x(shim, size, name):
@@ -282,6 +314,24 @@ def test_constant_groups(shim, value, name):
     assert all(result.isfinite().all() for result in results.values())
     y = torch.nn.functional.silu(inputs["bias"])[:, None, None].expand_as(results["y"])
     torch.testing.assert_close(results["y"], y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_the_least_eps(shim, name):
+    """rstd of a constant group is then 3e19, whose square is past float32."""
+    inputs = some(group_norm_inputs(GroupNormShape((1, 8, 5, 8), 2), torch.float32), "weight", "scale")
+    inputs["x"].fill_(2.0)
+    inputs["scale"] *= 1e-19
+    values = (inputs["weight"] * 1e-19, None, 1e-39, None, None, inputs["scale"], None)
+    kernels = Kernels(shim, WAYS[name])
+    y, mean, rstd = kernels.forward(inputs["x"], 2, *values)
+    assert (y == 0).all()
+    grads = kernels.backward(
+        inputs["grad"], inputs["x"], mean, rstd, 2, *values, [True] * 2 + [False] * 2 + [True, False]
+    )
+    wanted = reference_backward(inputs["grad"], inputs["x"], 2, values[0], eps=1e-39, scale=inputs["scale"])
+    for found, exact in zip((grads[0], grads[1], grads[4]), (wanted[0], wanted[1], wanted[4])):
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -399,6 +449,11 @@ def test_choice_asks_how_many_clusters_there_are(shim):
     assert ask(more=(0,)).cluster == 0
 
 
+def test_every_block_of_a_cluster_has_a_unit(shim):
+    """Four pixels of 2048 channels would have enough bytes for eight blocks."""
+    assert choose(shim, "backward", 90, (1, 2048, 2, 2), 1, torch.float32, True).cluster == 4
+
+
 def test_what_is_not_aligned_is_read_by_elements(shim):
     for channels_last in (False, True):
         way = choose(shim, "forward", 90, (2, 640, 32, 32), 32, BF16, channels_last, False)
@@ -412,6 +467,13 @@ def test_refusals_of_the_plan(shim):
     inputs = group_norm_inputs(GroupNormShape((1, 2049, 1), 1), torch.float32)
     with pytest.raises(ShimError, match="up to 2048 channels a group"):
         Kernels(shim, Way(1, wide=False)).both(some(inputs), 1)
+    problem, choice, number = (
+        problem_of((1, 2048, 2**21), 1, torch.float32, True),
+        numbers(*Way(0, tile=1)),
+        numbers(-1),
+    )
+    with pytest.raises(ShimError, match="less than 2\\^32 elements a group"):
+        shim("group_norm_forward")("count", problem, choice, 1, number, number)
     inputs = group_norm_inputs(GroupNormShape((1, 4, 8), 1), torch.float32)
     with pytest.raises(ShimError, match="needs a device of capability 90, not 80"):
         Kernels(shim, Way(2), capability=80).both(inputs, 1)
@@ -439,8 +501,11 @@ def test_refusals(monkeypatch):
     rest = (None, None, 1e-5, None, None, None, None)
     assert cuda.supports(on_gpu(2, 64, 8, 8), 32, *rest) is None
     assert "up to 2048 channels per group, got 4096" in cuda.supports(on_gpu(2, 4096, 8), 1, *rest)
-    assert "less than 2^31 channels, got 2147483648" in cuda.supports(on_gpu(1, 2**31, 1), 2**21, *rest)
+    assert "up to 2^30 channels, got 2147483648" in cuda.supports(on_gpu(1, 2**31, 1), 2**21, *rest)
     assert "up to 2^30 pixels" in cuda.supports(on_gpu(1, 1, 2**30 + 1), 1, *rest)
+    assert "less than 2^32 elements per group, got 4294967296" in cuda.supports(
+        on_gpu(1, 8, 2**16, 2**14), 2, *rest
+    )
     assert "2^27 groups" in cuda.supports(on_gpu(2**20, 128, 1), 128, *rest)
     assert "not torch.float64" in cuda.supports(
         on_gpu(2, 64, 8), 32, on_gpu(64, dtype=torch.float64), *rest[1:]

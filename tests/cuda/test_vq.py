@@ -87,10 +87,16 @@ def test_kinds(search, dim, kind):
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 6, 8, 12, 16])
 def test_many_rows_of_few_dimensions(search, dim):
-    """8 rows in a thread, 4 in a warp that finishes; several chunks of codes."""
+    """8 rows in a thread; several chunks of codes."""
     dtype, num_codes = DTYPES[dim % 3], 1500 if dim < 12 else 4000
     z, codebook = vq_inputs(1100, VQShape(num_codes, dim), dtype, kind="trained")
     check(search, z, codebook, 80)
+
+
+def test_rows_that_a_warp_finishes_one_after_the_other(search):
+    """4 of few dimensions, 2 of many; they have their codes in other splits than their neighbours."""
+    check(search, *vq_inputs(2700, VQShape(70, 2), kind="ties"), 86)
+    check(search, *vq_inputs(1350, VQShape(200, 17), kind="duplicates"), 86)
 
 
 def test_many_codes_of_few_dimensions(search):
@@ -277,6 +283,25 @@ BROKEN = {
         "chunks",
     ),
     "other lanes": (MANY, "max_number(a.least, b.least))", "vq_infinity())", "many equal"),
+    "an overtaken code is forgotten": (
+        MANY,
+        "max_number(best[r].least, score)",
+        "score > best[r].least ? score : best[r].others",
+        "overtaken",
+    ),
+    "largest of the last rows": (
+        PACK,
+        "largest_norm = max_number(largest_norm, norm)",
+        "largest_norm = norm",
+        "first",
+    ),
+    "squares of every other dimension": (
+        MANY,
+        "tile.scratch.load(row) + tile.scratch.load(Rows + row)",
+        "tile.scratch.load(row)",
+        "odd",
+    ),
+    "the task of a neighbour": (FINISH, "shuffle_from(task, i)", "shuffle_from(task, i & ~1)", "many rows"),
     "codes past the last one": (
         PACK,
         "code < params.codebook.count ? norm : vq_infinity()",
@@ -310,6 +335,30 @@ def equal_in_other_lanes():
     return z, torch.cat([codebook, codebook * (1.0 + 2.0**-23)])
 
 
+def overtaken_in_their_lane():
+    """Each code of eight is nearer than the one 8 further on by about the rounding of a score: a lane that
+    takes the later one has to remember the earlier."""
+    z, codebook = (torch.nn.functional.pad(x, (0, 17)) for x in equal_in_float32())
+    pairs = codebook.view(32, 2, 4, 8, 20).flip(1).transpose(1, 2)
+    return z, pairs.reshape(2048, 20)
+
+
+def large_codes_first():
+    """Of each 64 codes the last 8 are in the centre, where they say nothing of the largest."""
+    z, codes = wrong_in_float32()
+    codes = codes.repeat(2, 1)[:56]
+    codebook = torch.cat([codes, codes.double().mean(dim=0).float().expand(8, 3)])
+    return tuple(torch.nn.functional.pad(x, (0, 17)) for x in (z, codebook))
+
+
+def strided_in_odd_dimensions():
+    """The rows that float32 ranks wrongly, where one of two threads of a row has all of it."""
+    z, codebook = (x.new_zeros(len(x), 20) for x in wrong_in_float32())
+    for padded, given in zip((z, codebook), wrong_in_float32()):
+        padded[:, 1:7:2] = given
+    return z.t().contiguous().t(), codebook
+
+
 def beside_the_bisector():
     """Rows far out between two codes, nearer to one by half more than what has all codes looked at: the
     scores alone decide."""
@@ -326,6 +375,10 @@ INPUTS = {
     "wrong": (wrong_in_float32, 90),
     "cut off": (cut_off_by_tensor_cores, 90),
     "later": (large_codes_later, 90),
+    "first": (large_codes_first, 90),
+    "odd": (strided_in_odd_dimensions, 90),
+    "overtaken": (overtaken_in_their_lane, 90),
+    "many rows": (lambda: vq_inputs(2700, VQShape(70, 2), kind="ties"), 86),
     "ties": (lambda: vq_inputs(30, VQShape(300, 3), kind="ties"), 90),
     "near 0": (lambda: tuple(x * s for x, s in zip(vq_inputs(9, VQShape(100, 20)), (0.001, 1.0))), 90),
     "many equal": (equal_in_other_lanes, 90),

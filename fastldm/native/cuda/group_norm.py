@@ -16,12 +16,14 @@ from fastldm.implementation import Implementation, in_layout_of
 from fastldm.kernels.common.layout import dense_layout
 from fastldm.kernels.common.target import target_of
 from fastldm.native.cuda.support import refuse
+from fastldm.native.group_norm import run_forward
 
 # csrc/cuda/group_norm_plan.h has the same.
 MAX_CHANNELS_PER_GROUP = 2048
 MAX_PIXELS = 1 << 30
 MAX_GROUPS = 1 << 27
-MAX_CHANNELS = (1 << 31) - 1
+MAX_CHANNELS = 1 << 30
+MAX_ELEMENTS = 1 << 32
 # Of a slab with the channels last, in the backward: 40 bytes a channel and a table of 24 KiB are 99 KiB.
 MAX_CHANNELS_IN_99_KIB = 1900
 
@@ -34,9 +36,12 @@ def supports(x, num_groups, weight, bias, eps, activation, *per_sample) -> str |
     if batch * num_groups >= MAX_GROUPS:
         return f"takes less than 2^27 groups of all samples, got {batch * num_groups}"
     if channels > MAX_CHANNELS:
-        return f"takes less than 2^31 channels, got {channels}"
-    if x.shape[2:].numel() > MAX_PIXELS:
-        return f"takes up to 2^30 pixels, got {x.shape[2:].numel()}"
+        return f"takes up to 2^30 channels, got {channels}"
+    pixels = x.shape[2:].numel()
+    if pixels > MAX_PIXELS:
+        return f"takes up to 2^30 pixels, got {pixels}"
+    if per_group * pixels >= MAX_ELEMENTS:
+        return f"takes less than 2^32 elements per group, got {per_group * pixels}"
     return refuse(x, *(p for p in (weight, bias, *per_sample) if p is not None))
 
 
@@ -83,34 +88,10 @@ def _channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.stride(1) == 1
 
 
-def _vector(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
-
-
-def _rows(parameter: Tensor | None) -> Tensor | None:
-    """Rows of (N, C) may lie apart, as halves of one projection do."""
-    dense = parameter is None or parameter.stride(1) == 1 or parameter.shape[1] == 1
+def dense_rows(parameter: Tensor | None) -> Tensor | None:
+    """Of (C,) or (N, C): rows may lie apart, as halves of one projection do, or be all one."""
+    dense = parameter is None or parameter.stride(-1) == 1 or parameter.shape[-1] == 1
     return parameter if dense else parameter.contiguous()
-
-
-def run_forward(kernel, x, num_groups, weight, bias, eps, activation, channel_bias, scale, shift):
-    dense, channels_last = dense_layout(x)
-    y = torch.empty_like(dense)
-    mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    kernel(
-        dense,
-        channels_last,
-        num_groups,
-        eps,
-        activation is not None,
-        *map(_vector, (weight, bias)),
-        *map(_rows, (channel_bias, scale, shift)),
-        y,
-        mean,
-        rstd,
-    )
-    return in_layout_of(y, x), mean, rstd
 
 
 def run_backward(
@@ -131,8 +112,7 @@ def run_backward(
         channels_last,
         num_groups,
         activation is not None,
-        *map(_vector, (weight, bias)),
-        *map(_rows, (channel_bias, scale, shift)),
+        *map(dense_rows, parameters),
         grad_x,
         *grads,
     )
@@ -144,7 +124,7 @@ def implementation() -> Implementation:
     """Needs the compiled library to be loaded."""
     operations = torch.ops.fastldm_cuda
     return Implementation(
-        forward=partial(run_forward, operations.group_norm_forward.default),
+        forward=partial(run_forward, operations.group_norm_forward.default, dense_rows),
         backward=partial(run_backward, operations.group_norm_backward.default),
         supports=supports,
         supports_backward=supports_backward,

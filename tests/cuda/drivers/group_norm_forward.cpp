@@ -15,6 +15,27 @@ extern "C" void choose_forward(const std::int64_t* problem, std::int64_t* choice
   });
 }
 
+// How many elements of a group each of `parts` parts of a slab has, and how many all have when they are merged.
+extern "C" void count(const std::int64_t* problem, const std::int64_t* choice, int parts, std::int64_t* counts,
+                      std::int64_t* merged) {
+  shim::guarded([&] {
+    const GroupNormProblem of = problem_of(problem);
+    const GroupNormChoice way = choice_of(choice);
+    check_group_norm_choice(of, way);
+    const GroupNormSizes sizes = group_norm_sizes(of, way);
+    group_norm_variant(of, way.wide, [&](auto last, auto wide) {
+      const GroupNormTile<float, last.value, wide.value, 256> tile(sizes, 0);
+      GroupNormMoments all{0.0f, 0.0f, 0.0f, 0};
+      for (int part = 0; part < parts; ++part) {
+        const auto elements = tile.elements(group_norm_part(tile.units(), part, parts));
+        counts[part] = elements;
+        all = GroupNormMerge()(all, {0.0f, 0.0f, 0.0f, elements});
+      }
+      *merged = all.count;
+    });
+  });
+}
+
 // The choice with another answer to how many clusters the device holds.
 extern "C" void choose_with(const std::int64_t* problem, std::int64_t* choice, int capability, int most_blocks) {
   shim::guarded([&] {
