@@ -36,9 +36,10 @@ FASTLDM_DEVICE void cluster_sync() {
 #if defined(FASTLDM_HOST_SHIM)
   shim::cluster_barrier();
 #elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  // Not ".aligned": the lanes of a warp may come here one after the other, out of a loop whose end differs.
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
           : "memory");
 #else
   unreachable_on_this_architecture();
