@@ -17,7 +17,7 @@
 //   blocks, sm_80 / sm_90   3/3   2/2   2/2   2/2   2/2   2/2   1/2   1/2     (by shared memory and registers)
 #pragma once
 
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention_mask.cuh"
 
 namespace fastldm::cuda::attention {
 

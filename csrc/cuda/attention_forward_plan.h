@@ -8,8 +8,6 @@
 
 namespace fastldm::cuda::attention {
 
-inline constexpr int kWide = 512;
-
 struct ForwardArguments {
   Arguments call;
   HeadsArgument q, k, v, out;

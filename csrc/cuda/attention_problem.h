@@ -8,6 +8,9 @@
 
 namespace fastldm::cuda::attention {
 
+// The one head dim above 256, which has kernels of its own.
+inline constexpr int kWide = 512;
+
 // A (B, H, S, D) tensor: strides of batch, head and row in elements; the last dimension is dense.
 struct HeadsArgument {
   void* data;

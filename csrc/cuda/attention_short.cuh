@@ -16,7 +16,7 @@
 //   blocks, sm_80 / sm_90          3/3      3/3      3/3      1/2       3/3       2/2       2/2
 #pragma once
 
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention_mask.cuh"
 
 namespace fastldm::cuda::attention {
 

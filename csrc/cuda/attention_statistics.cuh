@@ -6,7 +6,7 @@
 // hardly any model, so fragments come straight from global memory. A warp has 16 queries and waits for no other.
 #pragma once
 
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention_mask.cuh"
 
 namespace fastldm::cuda::attention {
 

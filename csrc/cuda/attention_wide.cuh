@@ -13,7 +13,7 @@
 // each, in float32) are added up in order.
 #pragma once
 
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention_mask.cuh"
 
 namespace fastldm::cuda::attention {
 

@@ -12,7 +12,7 @@ from fastldm.kernels.common.target import target_of
 from fastldm.native.cuda.support import refuse
 
 # Bytes of shared memory that a block takes for the widest heads, by csrc/cuda/attention_*.cuh.
-_FORWARD_512, _BACKWARD_256 = 139264, 101760
+_FORWARD_512, _BACKWARD_256, _BACKWARD_512 = 139264, 101760, 142720
 # csrc/cuda/attention_problem.h has the same; tiles are of 64 queries or keys at least.
 _MAX_LENGTH, _MAX_TILES = 1 << 30, 1 << 31
 
@@ -53,10 +53,8 @@ def _supports(q, k, v, attn_mask, is_causal, scale, need_lse) -> str | None:
 
 
 def _supports_backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale) -> str | None:
-    reason = _reason_against(q, k, attn_mask)
-    if reason is None and q.shape[3] > 256:
-        reason = f"has no backward for head dims above 256, such as {q.shape[3]}"
-    return reason or _no_room(q, 160, _BACKWARD_256)
+    reason = _reason_against(q, k, attn_mask) or _no_room(q, 160, _BACKWARD_256)
+    return reason or _no_room(q, 256, _BACKWARD_512)
 
 
 def _readable(x: Tensor) -> Tensor:
