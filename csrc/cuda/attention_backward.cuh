@@ -111,8 +111,10 @@ struct BackwardKeys {
     if (begin < end) fetch_step(begin);
     commit_group();
 
-    const unsigned open = open_rows<m>(problem, mask_of(problem, place), key0);
-    const bool all_open = all_lanes(open == (1u << 2 * m) - 1), none_open = !any_lane(open != 0);
+    const auto mask = mask_of(problem, place);
+    const unsigned open = open_rows<m>(problem, mask, key0);
+    const bool none_open = !any_lane(open != 0);
+    const bool all_open = all_lanes(open == (1u << 2 * m) - 1) && !masks_scores(problem);
     Left<T, m, Dim, held> key_rows{k + own_row * pitch, problem.flip, {}}, value_rows{v + own_row * pitch, 0, {}};
     float dk[m][Dim / 8][4], dv[m][Dim / 8][4];
     clear(dk);
@@ -136,7 +138,9 @@ struct BackwardKeys {
         const auto columns = statistics + (stage * 3 * step + part + lane_id() % 4 * 2);
         float p[m][at_once / 8][4];
         inner<T, Dim>(p, key_rows, query_tile);
-        if (!all_open || (problem.causal && key0 + 16 * m - 1 > query0)) close_rows(p, problem, open, key0, query0);
+        if (!all_open || (problem.causal && key0 + 16 * m - 1 > query0)) {
+          mask_rows<T>(p, problem, mask, open, key0, query0);
+        }
         weigh(p, columns, problem.unit);
         if constexpr (want_v) outer<T, Dim>(dv, p, grad_tile);
         if constexpr (want_k) {
@@ -313,7 +317,7 @@ struct BackwardQueries {
       const Shared<const T> key_tile = k + index % stages * step * pitch, value_tile = v + index % stages * step * pitch;
       float p[m][step / 8][4], ds[m][step / 8][4];
       inner<T, Dim>(p, query_left, key_tile);
-      if (!whole) close_columns(p, problem, open, key0, query0);
+      if (!whole) mask_columns<T>(p, problem, mask, open, key0, query0);
       inner<T, Dim>(ds, grad_left, value_tile);
 #pragma unroll
       for (int n = 0; n < step / 8; ++n) {

@@ -121,7 +121,7 @@ struct BackwardStatistics {
       }
       OpenKeys<8> open;
       open.find(problem, mask, key0);
-      close_columns(s, problem, open, key0, query0);
+      mask_columns<T>(s, problem, mask, open, key0, query0);
 #pragma unroll
       for (int i = 0; i < 2; ++i) softmax.weigh(s, i, softmax.largest(s, i), problem.unit);
     }

@@ -1,4 +1,4 @@
-// What the attention kernels share: rows of heads in shared memory, products of 16-bit tiles, which keys are open.
+// What the attention kernels share: rows of heads in shared memory, products of 16-bit tiles, the softmax.
 //
 // A tile of head vectors lies row by row in shared memory. The pitch of its rows is an odd number of 16-byte units, so
 // the 8 rows of a matrix that ldmatrix reads, and the 8 lanes of a quarter warp that copy, lie in different banks: 40
@@ -26,21 +26,28 @@ struct Heads {
   FASTLDM_DEVICE Global<T> at(std::int64_t b, std::int64_t h) const { return data + (b * batch + h * head); }
 };
 
-// A bool mask over keys, the same for every query; strides in elements. Without one `data` is empty.
-struct KeyMask {
+// What a mask says: which keys are open, to all queries or to each; or what is added to scores, in T or in float32.
+enum class MaskKind { none, keys, scores, added, added_floats };
+
+// Strides are in bytes, 0 where the mask is broadcast. Without a mask `data` is empty.
+struct Mask {
   Global<const std::uint8_t> data;
-  std::int64_t batch, head, key;
+  std::int64_t batch, head, query, key;
+  MaskKind kind;
 };
 
-// What every kernel is told of the problem. Scores are products q k, their sign turned by `flip` (0x80008000) where
-// the scale is negative; exp(|scale| x) = exp2(unit x).
+// What every kernel is told of the problem. Scores begin as products q k, their sign turned by `flip` (0x80008000)
+// where the scale is negative. Where a mask is added they become |scale| q k + mask, else they stay. A unit of them
+// is `size`, and exp(size x) = exp2(unit x): what is subtracted of scores is so before anything is multiplied, as a
+// score may be 1e10.
 struct Problem {
   int heads, queries, keys, dim;
   int causal;
   std::uint32_t flip;
-  float size;  // |scale|, not 0
+  float scale;  // |scale|, not 0
+  float size;   // |scale|, or 1 where a mask is added
   float unit;
-  KeyMask mask;
+  Mask mask;
 };
 
 // The block's place: along x run the tiles of one head, so that blocks that run together share its rows in the L2.

@@ -10,10 +10,10 @@
 //
 // Floor: 14 Sq Sk 512 operations. By shared memory: a step of 32 x 32 reads 32 KB for a warp's 16 x 16, 8 KB for each
 // output and warp; with keys 404 KB in 3200 cycles, its products 2048 of an A100; with queries 340 KB in 2700, and
-// 1536. From the L2 come 64 KB a step, 2700 cycles at 24 bytes a cycle: a third of the time of a row of tiles of 16
-// keys each, which is why a block has 32.
+// 1536. From the L2 come 64 KB a step, 2700 cycles at 24 bytes a cycle and multiprocessor: with blocks of 16 rows that
+// would be the bound.
 //
-//   shared memory, KiB                205 with two stages (sm_90), 140 with one (sm_80); one block a multiprocessor
+// Shared memory: 205 KiB with two stages (sm_90), 140 with one (sm_80); one block on a multiprocessor.
 //
 // With one stage g or v is copied while the last product runs, q or k while nothing does. Where blocks do not fill the
 // device, what they walk along is split into chunks, whose float32 sums BackwardReduce adds in order.
@@ -150,11 +150,11 @@ struct WideBackward {
       if (is_score) {
         const int first_row = block_row + row0, first_column = index * step + column0;
         if constexpr (of_keys) {
-          close_rows(c, problem, open, first_row, first_column);
+          mask_rows<T>(c, problem, mask, open, first_row, first_column);
         } else if (!is_whole(problem, first_column, 16, first_row)) {
           OpenKeys<16> keys;
           keys.find(problem, mask, first_column);
-          close_columns(c, problem, keys, first_column, first_row);
+          mask_columns<T>(c, problem, mask, keys, first_column, first_row);
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) {

@@ -23,11 +23,13 @@ def integers(*values):
 
 def described(q, k, mask, is_causal, *tensors):
     """Sizes and strides as tests/cuda/drivers/attention.h reads them."""
-    mask_strides = (0, 0, 0)
+    mask_type, mask_strides = 0, (0, 0, 0, 0)
     if mask is not None:
-        mask_strides = tuple(0 if mask.shape[i] == 1 else mask.stride(i) for i in (0, 1, 3))
+        mask_type = (torch.bool, q.dtype, torch.float32).index(mask.dtype)
+        mask_strides = tuple(0 if n == 1 else stride for n, stride in zip(mask.shape, mask.stride()))
     strides = itertools.chain(mask_strides, *(x.stride()[:3] for x in tensors))
-    return integers(*q.shape[:3], k.shape[2], q.shape[3], is_causal), integers(*strides)
+    sizes = integers(*q.shape[:3], k.shape[2], q.shape[3], is_causal, mask_type)
+    return sizes, integers(*strides)
 
 
 def unwritten_like(x):

@@ -8,8 +8,6 @@ import re
 REFUSALS = {
     "attention": (
         r"takes float16 and bfloat16; float32 would lose bits",
-        r"takes bool masks, not",
-        r"takes masks of keys only",
         r"takes head dims up to \d+ on a GPU whose blocks have \d+ KiB",
     ),
     "group_norm": (

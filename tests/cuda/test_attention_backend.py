@@ -76,6 +76,19 @@ def test_as_a_backend(backend, layout):
         assert_as_accurate(result, exact, plain, name, terms=90)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_masks_of_other_dtypes_as_a_backend(backend, dtype):
+    """Are read in float32."""
+    inputs = q, k, v, grad = attention_inputs(AttentionShape(1, 2, 20, 50, 40), torch.float16)
+    mask = torch.randn(1, 1, 20, 50, generator=torch.Generator().manual_seed(3)).to(dtype)
+    out, lse = backend.forward(q, k, v, mask, False, None, True)
+    results = out, *backend.backward(grad, q, k, v, out, lse, mask, False, None)
+    truth = gradients(plain_attention, [x.double() for x in inputs], attn_mask=mask)
+    rough = gradients(plain_attention, inputs, attn_mask=mask)
+    for name, result, exact, plain in zip(("out", "dq", "dk", "dv"), results, truth, rough):
+        assert_as_accurate(result, exact, plain, name, terms=90)
+
+
 def test_wide_heads_as_a_backend(backend):
     inputs = q, k, v, grad = attention_inputs(AttentionShape(1, 1, 20, 1100, 512), torch.float16)
     with poisoned_memory():
@@ -103,13 +116,11 @@ def test_what_the_backend_refuses(monkeypatch):
         assert all(part in reason for reason in reasons(**case))
 
     assert reasons() == (None, None)
-    assert reasons(mask=torch.ones(1, 1, 1, 4, dtype=torch.bool)) == (None, None)
-    assert reasons(mask=torch.ones(1, 1, 1, 4, dtype=torch.bool).expand(1, 1, 4, 4)) == (None, None)
+    for mask_dtype in (torch.bool, torch.float16, torch.float64):
+        assert reasons(mask=torch.ones(1, 1, 4, 4, dtype=mask_dtype)) == (None, None)
     both("takes float16 and bfloat16; float32", dtype=torch.float32)
     both("not torch.float64", dtype=torch.float64)
     both("capability 8.0, not 7.5", capability=75)
-    both("takes bool masks, not torch.float16", mask=torch.zeros(1, 1, 1, 4, dtype=torch.float16))
-    both("the same for every query", mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
     assert reasons(head_dim=512) == reasons(head_dim=512, capability=80) == (None, None)
     both("up to 2^30 queries and keys, not 1073741825", queries=2**30 + 1)
     both("less than 2^31 tiles of 64 queries or keys of all heads, not 2147483648", heads=2**31)
@@ -128,9 +139,12 @@ def test_what_the_backend_refuses(monkeypatch):
 def test_what_measurements_are_kept_under():
     q, k, v, grad = attention_inputs(AttentionShape(1, 1, 5, 77, 40), torch.bfloat16)
     found = cuda_attention.key("forward", (q, k, v, None, False, None, True))
-    assert found == {"head_dim": 40, "dtype": "bfloat16", "few_keys": True, "mask": False, "causal": False}
+    assert found == {"head_dim": 40, "dtype": "bfloat16", "few_keys": True, "mask": "none", "causal": False}
     args = grad, q, k, v, q, None, key_mask(AttentionShape(1, 1, 5, 77, 40), "odd"), True, None
-    assert cuda_attention.key("backward", args) == found | {"mask": True, "causal": True}
+    assert cuda_attention.key("backward", args) == found | {"mask": "keys", "causal": True}
+    for mask in (torch.zeros(1, 1, 1, 77), torch.ones(1, 1, 5, 77, dtype=torch.bool)):
+        args = q, k, v, mask, False, None, True
+        assert cuda_attention.key("forward", args) == found | {"mask": "scores"}
 
 
 @pytest.mark.gpu

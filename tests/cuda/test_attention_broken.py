@@ -7,7 +7,7 @@ import torch
 
 from fastldm import reference
 from fastldm.testing import assert_as_accurate, plain_attention
-from fastldm.testing.inputs import attention_inputs
+from fastldm.testing.inputs import attention_inputs, attention_mask
 from fastldm.testing.shapes import AttentionShape
 from tests.cuda.attention import backward, check_backward, check_forward, gradients, key_mask
 
@@ -17,13 +17,31 @@ BROKEN = {
     "no wait for copies": ("attention_forward", "      wait_group<0>();\n", "", "long"),
     "sums not rescaled": ("attention_tile", "total[row] * shrink;", "total[row];", "long"),
     "a step dropped": ("attention_forward", "index < steps;", "index < steps - 1;", "long"),
-    "keys past the end": ("attention_mask", "bool yes = key < problem.keys &&", "bool yes =", "short"),
+    "keys past the end": ("attention_mask", "if (key >= problem.keys) return false;", "", "short"),
     "diagonal off by one": ("attention_mask", "+ column + i % 2 <= row", "+ column + i % 2 < row", "long"),
     "the mask of another head": (
         "attention_mask",
         "place.head * problem.mask.head)",
         "0 * problem.mask.head)",
         "short",
+    ),
+    "the mask of the first query": (
+        "attention_mask",
+        "KeysAreRows ? how.key : how.query;",
+        "KeysAreRows ? how.key : 0;",
+        "masked",
+    ),
+    "a mask added to products": (
+        "attention_mask",
+        "fused_multiply_add(x, problem.scale, added)",
+        "x + added",
+        "masked",
+    ),
+    "rows that see nothing": (
+        "attention_mask",
+        "added == -kInfinity ? added :",
+        "added == -kInfinity ? 0.0f :",
+        "masked",
     ),
     "no wait for the next queries": ("attention_short", "wait_group<1>()", "wait_group<2>()", "short"),
     "rows not synchronised": (
@@ -124,6 +142,13 @@ BROKEN = {
 def probe(shim, kernel):
     """Calls that together notice every change."""
     dtype = torch.float16
+    if kernel == "masked":
+        shape = AttentionShape(1, 2, 40, 77, 40)
+        for kind in ("bool", "float"):
+            mask = attention_mask(shape, kind)
+            check_forward(shim, shape, dtype, mask=mask)
+            check_backward(shim, shape, dtype, mask=mask)
+        return
     if kernel == "wide backward":
         for seed, shape in enumerate((AttentionShape(1, 1, 45, 33, 512), AttentionShape(1, 1, 300, 20, 512))):
             for is_causal in (False, True):
@@ -158,7 +183,7 @@ def probe(shim, kernel):
         check_forward(shim, shape, dtype, inputs=inputs, **options)
 
 
-@pytest.mark.parametrize("kernel", ["long", "short", "wide", "split", "backward", "wide backward"])
+@pytest.mark.parametrize("kernel", ["long", "short", "wide", "split", "backward", "wide backward", "masked"])
 def test_the_calls_that_notice_changes_pass(shim, kernel):
     probe(shim("attention_few"), kernel)
 
