@@ -22,7 +22,7 @@
 // Few keys are few blocks: so queries may be split into chunks, whose float32 sums BackwardReduce adds in order.
 #pragma once
 
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention_mask.cuh"
 
 namespace fastldm::cuda::attention {
 
@@ -31,7 +31,6 @@ struct QueryStatistics {
   Global<const float> values;  // (3, B, H, Sq): reference, factor, delta
   std::int64_t all;            // B H Sq
 };
-
 
 enum class Part { both, key, value };
 
@@ -112,17 +111,10 @@ struct BackwardKeys {
     if (begin < end) fetch_step(begin);
     commit_group();
 
-    // Bit i: row i of this lane's rows is a key that is there and open.
     const auto mask = mask_of(problem, place);
-    unsigned open = 0;
-#pragma unroll
-    for (int row = 0; row < 2 * m; ++row) {
-      const int key = key0 + lane_id() / 4 + 8 * row;
-      bool yes = key < problem.keys;
-      if (yes && mask) yes = mask.load(key * problem.mask.key) != 0;
-      open |= static_cast<unsigned>(yes) << row;
-    }
-    const bool all_open = all_lanes(open == (1u << 2 * m) - 1), none_open = !any_lane(open != 0);
+    const unsigned open = open_rows<m>(problem, mask, key0);
+    const bool none_open = !any_lane(open != 0);
+    const bool all_open = all_lanes(open == (1u << 2 * m) - 1) && !masks_scores(problem);
     Left<T, m, Dim, held> key_rows{k + own_row * pitch, problem.flip, {}}, value_rows{v + own_row * pitch, 0, {}};
     float dk[m][Dim / 8][4], dv[m][Dim / 8][4];
     clear(dk);
@@ -146,7 +138,9 @@ struct BackwardKeys {
         const auto columns = statistics + (stage * 3 * step + part + lane_id() % 4 * 2);
         float p[m][at_once / 8][4];
         inner<T, Dim>(p, key_rows, query_tile);
-        if (!all_open || (problem.causal && key0 + 16 * m - 1 > query0)) close_rows(p, problem, open, key0, query0);
+        if (!all_open || (problem.causal && key0 + 16 * m - 1 > query0)) {
+          mask_rows<T>(p, problem, mask, open, key0, query0);
+        }
         weigh(p, columns, problem.unit);
         if constexpr (want_v) outer<T, Dim>(dv, p, grad_tile);
         if constexpr (want_k) {
@@ -206,21 +200,6 @@ struct BackwardKeys {
         float& x = dp[i / 4][n][i % 4];
         // What stands where a key is closed may have made the product infinite.
         x = weight == 0.0f ? 0.0f : weight * (x - delta[i % 2]);
-      }
-    }
-  }
-
-  // -infinity for scores of closed keys, which here are the rows of c.
-  FASTLDM_DEVICE static void close_rows(float (&c)[m][at_once / 8][4], const Problem& problem, unsigned open, int key0,
-                                        int query0) {
-    const int row = key0 + lane_id() / 4, column = query0 + lane_id() % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 4 * m; ++i) {
-      const bool is_open = open >> (i / 2) & 1;
-#pragma unroll
-      for (int n = 0; n < at_once / 8; ++n) {
-        const bool seen = !problem.causal || row + i / 2 * 8 <= column + 8 * n + i % 2;
-        if (!is_open || !seen) c[i / 4][n][i % 4] = -kInfinity;
       }
     }
   }
@@ -338,7 +317,7 @@ struct BackwardQueries {
       const Shared<const T> key_tile = k + index % stages * step * pitch, value_tile = v + index % stages * step * pitch;
       float p[m][step / 8][4], ds[m][step / 8][4];
       inner<T, Dim>(p, query_left, key_tile);
-      if (!whole) close_columns(p, problem, open, key0, query0);
+      if (!whole) mask_columns<T>(p, problem, mask, open, key0, query0);
       inner<T, Dim>(ds, grad_left, value_tile);
 #pragma unroll
       for (int n = 0; n < step / 8; ++n) {
@@ -361,7 +340,8 @@ struct BackwardQueries {
   }
 };
 
-// dk and dv of the sums of chunks, added in order. A thread makes 8 elements; along y are dk and dv.
+// Gradients of the sums of chunks, added in order. A thread makes 8 elements; along y are the gradients, dk and dv, or
+// of a wide head dq.
 template <class T>
 struct BackwardReduce {
   static constexpr int threads = 256;
@@ -369,11 +349,10 @@ struct BackwardReduce {
   static constexpr int min_capability = 80;
 
   struct Params {
-    Problem problem;
-    Global<const float> partial;  // (2, chunks, B, H, Sk, D)
-    Heads<T> dk, dv;
-    std::int64_t size;  // B H Sk D
-    int chunks;
+    Global<const float> partial;  // (1 or 2, chunks, B, H, rows, D)
+    Heads<T> first, second;
+    std::int64_t size;  // B H rows D
+    int heads, rows, dim, chunks;
   };
 
   FASTLDM_DEVICE static void run(const Params& params) {
@@ -394,11 +373,10 @@ struct BackwardReduce {
     for (int i = 0; i < 4; ++i) packed[i] = pack<T>(sum[2 * i], sum[2 * i + 1]);
     Vec<T, 8> result;
     memcpy(&result, &packed, sizeof(result));
-    const Problem& problem = params.problem;
-    const std::int64_t row = at / problem.dim, both = row / problem.keys;
-    const Heads<T>& to = block_y() == 0 ? params.dk : params.dv;
-    to.at(both / problem.heads, both % problem.heads)
-        .template store_vector<8>(row % problem.keys * to.row + at % problem.dim, result);
+    const std::int64_t row = at / params.dim, both = row / params.rows;
+    const Heads<T>& to = block_y() == 0 ? params.first : params.second;
+    to.at(both / params.heads, both % params.heads)
+        .template store_vector<8>(row % params.rows * to.row + at % params.dim, result);
   }
 };
 

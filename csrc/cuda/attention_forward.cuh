@@ -17,7 +17,7 @@
 //   blocks, sm_80 / sm_90   3/3   2/2   2/2   2/2   2/2   2/2   1/2   1/2     (by shared memory and registers)
 #pragma once
 
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention_mask.cuh"
 
 namespace fastldm::cuda::attention {
 
@@ -30,6 +30,7 @@ struct Forward {
   static constexpr int step = Dim <= 80 ? 64 : 32;  // keys
   static constexpr int pitch = pitch_of(Dim), stages = 2;
   static constexpr bool held = Dim <= 64;
+  static constexpr bool takes_score_masks = Dim != 40;  // three blocks leave no registers for it
 
   struct Params {
     Problem problem;
@@ -99,7 +100,13 @@ struct Forward {
       const int at = index % stages * step * pitch;
       float s[m][step / 8][4];
       inner<T, Dim>(s, left, Shared<const T>(k + at));
-      if (!whole) close_columns(s, problem, open, key0, query0);
+      if (!whole) {
+        if constexpr (takes_score_masks) {
+          mask_columns<T>(s, problem, mask, open, key0, query0);
+        } else {
+          close_columns(s, problem, open, key0, query0);
+        }
+      }
 #pragma unroll
       for (int row = 0; row < 2 * m; ++row) {
         scale_row(acc, row, softmax.weigh(s, row, softmax.largest(s, row), problem.unit));

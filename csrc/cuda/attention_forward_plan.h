@@ -8,8 +8,6 @@
 
 namespace fastldm::cuda::attention {
 
-inline constexpr int kWide = 512;
-
 struct ForwardArguments {
   Arguments call;
   HeadsArgument q, k, v, out;
@@ -54,6 +52,7 @@ template <class T, int Dim>
 void long_forward(const ForwardArguments& all, const Context& context) {
   using Kernel = Forward<T, Dim>;
   auto params = forward_params<Kernel, T>(all);
+  require(Kernel::takes_score_masks || !masks_scores(params.problem), "attention: this tile takes masks of keys only");
   params.tiles = ceil_div(params.problem.queries, Kernel::rows);
   Shape shape;
   shape.grid_x = grid_of(all.call, params.tiles);
@@ -117,7 +116,9 @@ void forward(const ForwardArguments& all, const Context& context) {
     }
     return dim_switch<40, 64, 80>(call.dim, [&](auto dim) { short_forward<T, dim, 128>(all, context); });
   }
-  dim_switch<32, 40, 64, 72, 80, 96, 128, 160, 256>(call.dim, [&](auto dim) { long_forward<T, dim>(all, context); });
+  const auto found = [&](auto dim) { long_forward<T, dim>(all, context); };
+  if (call.dim <= 40 && masks_scores(problem_of(call))) return dim_switch<32, 64>(call.dim, found);
+  dim_switch<32, 40, 64, 72, 80, 96, 128, 160, 256>(call.dim, found);
 }
 
 }  // namespace fastldm::cuda::attention

@@ -8,18 +8,25 @@
 
 namespace fastldm::cuda::attention {
 
+// The one head dim above 256, which has kernels of its own.
+inline constexpr int kWide = 512;
+
 // A (B, H, S, D) tensor: strides of batch, head and row in elements; the last dimension is dense.
 struct HeadsArgument {
   void* data;
   std::int64_t strides[3];
 };
 
+// Of a mask's elements: bool, q's dtype, float32.
+enum class MaskType { boolean, half, single };
+
 struct Arguments {
   std::int64_t batch, heads, queries, keys, dim;
   bool causal;
   double scale;
-  const std::uint8_t* mask;  // of keys, or null
-  std::int64_t mask_strides[3];  // of batch, head and key
+  const void* mask;  // (B, H, Sq, Sk) by its strides, in elements, 0 where it is broadcast; or null
+  MaskType mask_type;
+  std::int64_t mask_strides[4];
 };
 
 // The length of a (B, H, S, D) tensor from its first to its last element.
@@ -39,21 +46,36 @@ Heads<T> heads_of(const Arguments& call, const HeadsArgument& x, std::int64_t le
           x.strides[2]};
 }
 
+inline Mask mask_of(const Arguments& call) {
+  if (call.mask == nullptr) return {};
+  const MaskKind kinds[] = {MaskKind::scores, MaskKind::added, MaskKind::added_floats};
+  const int type = static_cast<int>(call.mask_type), bytes = 1 << type;
+  const auto& strides = call.mask_strides;
+  const std::int64_t last = (call.batch - 1) * strides[0] + (call.heads - 1) * strides[1] +
+                            (call.queries - 1) * strides[2] + (call.keys - 1) * strides[3];
+  const bool of_keys = call.mask_type == MaskType::boolean && strides[2] == 0;
+  return {{static_cast<const std::uint8_t*>(call.mask), (last + 1) * bytes},
+          strides[0] * bytes,
+          strides[1] * bytes,
+          strides[2] * bytes,
+          strides[3] * bytes,
+          of_keys ? MaskKind::keys : kinds[type]};
+}
+
 inline Problem problem_of(const Arguments& call) {
   const std::int64_t most = 1 << 30;
   require(call.batch > 0 && call.heads > 0 && call.queries > 0 && call.keys > 0, "attention: nothing to compute");
   require(call.queries <= most && call.keys <= most, "attention: takes up to 2^30 queries and keys");
   require(call.dim % 8 == 0 && call.dim > 0, "attention: head dims are multiples of 8");
-  KeyMask mask = {};
-  if (call.mask != nullptr) {
-    const auto& strides = call.mask_strides;
-    mask = {{call.mask, span_of(call, call.keys, strides, 1)}, strides[0], strides[1], strides[2]};
-  }
+  const Mask mask = mask_of(call);
+  const bool added = mask.kind == MaskKind::added || mask.kind == MaskKind::added_floats;
   // Kernels divide by the scale; what 1e-30 times a score adds to it is nothing.
-  const float size = std::fabs(call.scale) < 1e-30 ? 1e-30f : static_cast<float>(std::fabs(call.scale));
+  const float scale = std::fabs(call.scale) < 1e-30 ? 1e-30f : static_cast<float>(std::fabs(call.scale));
+  const float size = added ? 1.0f : scale;
   return {static_cast<int>(call.heads), static_cast<int>(call.queries), static_cast<int>(call.keys),
           static_cast<int>(call.dim),   call.causal ? 1 : 0,             call.scale < 0.0 ? 0x80008000u : 0u,
-          size,                         size * kLog2E,                   mask};
+          scale,                        size,                           size * kLog2E,
+          mask};
 }
 
 inline int grid_of(const Arguments& call, std::int64_t blocks_of_a_head) {

@@ -16,7 +16,7 @@
 //   blocks, sm_80 / sm_90          3/3      3/3      3/3      1/2       3/3       2/2       2/2
 #pragma once
 
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention_mask.cuh"
 
 namespace fastldm::cuda::attention {
 
@@ -68,8 +68,9 @@ struct ShortForward {
                               thread_id());
     if (first < params.tiles) fetch_tile(first, 0);
     commit_group();
+    const auto mask = mask_of(problem, place);
     OpenKeys<Keys> open;
-    open.find(problem, mask_of(problem, place), 0);
+    open.find(problem, mask, 0);
     wait_group<0>();
     block_sync();
 
@@ -83,7 +84,7 @@ struct ShortForward {
       const int query0 = tile * rows;
       float s[m][Keys / 8][4];
       inner<T, Dim>(s, left, Shared<const T>(k));
-      if (!is_whole(problem, 0, Keys, query0)) close_columns(s, problem, open, 0, query0);
+      if (!is_whole(problem, 0, Keys, query0)) mask_columns<T>(s, problem, mask, open, 0, query0);
       Softmax<m> softmax;
       softmax.begin();
 #pragma unroll

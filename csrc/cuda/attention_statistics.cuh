@@ -6,7 +6,7 @@
 // hardly any model, so fragments come straight from global memory. A warp has 16 queries and waits for no other.
 #pragma once
 
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention_mask.cuh"
 
 namespace fastldm::cuda::attention {
 
@@ -121,7 +121,7 @@ struct BackwardStatistics {
       }
       OpenKeys<8> open;
       open.find(problem, mask, key0);
-      close_columns(s, problem, open, key0, query0);
+      mask_columns<T>(s, problem, mask, open, key0, query0);
 #pragma unroll
       for (int i = 0; i < 2; ++i) softmax.weigh(s, i, softmax.largest(s, i), problem.unit);
     }

@@ -1,4 +1,4 @@
-// What the attention kernels share: rows of heads in shared memory, products of 16-bit tiles, which keys are open.
+// What the attention kernels share: rows of heads in shared memory, products of 16-bit tiles, the softmax.
 //
 // A tile of head vectors lies row by row in shared memory. The pitch of its rows is an odd number of 16-byte units, so
 // the 8 rows of a matrix that ldmatrix reads, and the 8 lanes of a quarter warp that copy, lie in different banks: 40
@@ -26,21 +26,28 @@ struct Heads {
   FASTLDM_DEVICE Global<T> at(std::int64_t b, std::int64_t h) const { return data + (b * batch + h * head); }
 };
 
-// A bool mask over keys, the same for every query; strides in elements. Without one `data` is empty.
-struct KeyMask {
+// What a mask says: which keys are open, to all queries or to each; or what is added to scores, in T or in float32.
+enum class MaskKind { none, keys, scores, added, added_floats };
+
+// Strides are in bytes, 0 where the mask is broadcast. Without a mask `data` is empty.
+struct Mask {
   Global<const std::uint8_t> data;
-  std::int64_t batch, head, key;
+  std::int64_t batch, head, query, key;
+  MaskKind kind;
 };
 
-// What every kernel is told of the problem. Scores are products q k, their sign turned by `flip` (0x80008000) where
-// the scale is negative; exp(|scale| x) = exp2(unit x).
+// What every kernel is told of the problem. Scores begin as products q k, their sign turned by `flip` (0x80008000)
+// where the scale is negative. Where a mask is added they become |scale| q k + mask, else they stay. A unit of them
+// is `size`, and exp(size x) = exp2(unit x): what is subtracted of scores is so before anything is multiplied, as a
+// score may be 1e10.
 struct Problem {
   int heads, queries, keys, dim;
   int causal;
   std::uint32_t flip;
-  float size;  // |scale|, not 0
+  float scale;  // |scale|, not 0
+  float size;   // |scale|, or 1 where a mask is added
   float unit;
-  KeyMask mask;
+  Mask mask;
 };
 
 // The block's place: along x run the tiles of one head, so that blocks that run together share its rows in the L2.
@@ -236,59 +243,6 @@ FASTLDM_DEVICE void outer(float (&c)[M][N][4], const float (&w)[M][W][4], const 
 struct MaxNumber {
   FASTLDM_DEVICE float operator()(float a, float b) const { return max_number(a, b); }
 };
-
-// Which of some keys are there and open, a bit each; the same in all lanes of a warp.
-template <int Keys>
-struct OpenKeys {
-  std::uint32_t words[ceil_div(Keys, kWarp)];
-
-  FASTLDM_DEVICE void find(const Problem& problem, const Global<const std::uint8_t>& mask, int first) {
-#pragma unroll
-    for (int word = 0; word < ceil_div(Keys, kWarp); ++word) {
-      const int key = first + word * kWarp + lane_id();
-      bool yes = key < problem.keys && word * kWarp + lane_id() < Keys;
-      if (yes && mask) yes = mask.load(key * problem.mask.key) != 0;
-      words[word] = ballot(yes);
-    }
-  }
-
-  FASTLDM_DEVICE bool none() const {
-    std::uint32_t any = 0;
-#pragma unroll
-    for (std::uint32_t word : words) any |= word;
-    return any == 0;
-  }
-};
-
-FASTLDM_DEVICE Global<const std::uint8_t> mask_of(const Problem& problem, const Place& place) {
-  if (!problem.mask.data) return problem.mask.data;
-  return problem.mask.data + (place.batch * problem.mask.batch + place.head * problem.mask.head);
-}
-
-// -infinity for scores of closed keys. Columns of c are keys from `key0` on; rows are queries from `query0` on.
-template <int M, int N, int Keys>
-FASTLDM_DEVICE void close_columns(float (&c)[M][N][4], const Problem& problem, const OpenKeys<Keys>& open, int key0,
-                                  int query0) {
-  const int row = query0 + lane_id() / 4, column = lane_id() % 4 * 2;
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        // 8 n is known when this is compiled, so the word is too.
-        const bool is_open = open.words[8 * n / kWarp] >> (8 * n % kWarp + column + i % 2) & 1;
-        const bool seen = !problem.causal || key0 + 8 * n + column + i % 2 <= row + 16 * m + i / 2 * 8;
-        if (!is_open || !seen) c[m][n][i] = -kInfinity;
-      }
-    }
-  }
-}
-
-// Whether the tile of keys needs no look at single scores.
-FASTLDM_DEVICE bool is_whole(const Problem& problem, int key0, int keys, int query0) {
-  return !problem.mask.data && key0 + keys <= problem.keys && !(problem.causal && key0 + keys - 1 > query0);
-}
 
 // Softmax over tiles of keys, for the rows of M fragments: row i of a lane is row lane / 4 + 8 i.
 template <int M>

@@ -20,20 +20,22 @@ inline HeadsArgument heads_argument(const Tensor& x, const Tensor& q, std::int64
 inline Arguments arguments_of(const Tensor& q, const Tensor& k, const OptionalTensor& mask, bool causal,
                               double scale) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "fastldm_cuda attention: q and k must be (B, H, S, D)");
-  Arguments call = {q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), causal, scale, nullptr, {}};
+  Arguments call = {q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), causal, scale, nullptr, {}, {}};
   if (mask) {
-    STD_TORCH_CHECK(mask->dim() == 4 && mask->scalar_type() == ScalarType::Bool,
-                    "fastldm_cuda attention: the mask must be bool and 4-D");
-    const std::int64_t wanted[4] = {call.batch, call.heads, 1, call.keys};
-    std::int64_t strides[4];
+    const auto type = mask->scalar_type();
+    const bool known = type == ScalarType::Bool || type == ScalarType::Float || type == q.scalar_type();
+    STD_TORCH_CHECK(mask->dim() == 4 && known && mask->get_device_index() == q.get_device_index(),
+                    "fastldm_cuda attention: the mask must be 4-D, bool, float32 or of q's dtype, on q's device");
+    const std::int64_t wanted[4] = {call.batch, call.heads, call.queries, call.keys};
     for (int i = 0; i < 4; ++i) {
       const std::int64_t size = mask->size(i);
-      STD_TORCH_CHECK(size == 1 || size == wanted[i] || (i == 2 && mask->stride(i) == 0),
-                      "fastldm_cuda attention: the mask must be the same for every query");
-      strides[i] = size == 1 ? 0 : mask->stride(i);
+      STD_TORCH_CHECK(size == 1 || size == wanted[i], "fastldm_cuda attention: the mask must broadcast to scores");
+      call.mask_strides[i] = size == 1 ? 0 : mask->stride(i);
     }
-    call.mask = static_cast<const std::uint8_t*>(data_of(*mask));
-    call.mask_strides[0] = strides[0], call.mask_strides[1] = strides[1], call.mask_strides[2] = strides[3];
+    call.mask = data_of(*mask);
+    call.mask_type = type == ScalarType::Bool    ? MaskType::boolean
+                     : type == ScalarType::Float ? MaskType::single
+                                                 : MaskType::half;
   }
   return call;
 }

@@ -13,7 +13,7 @@
 // each, in float32) are added up in order.
 #pragma once
 
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention_mask.cuh"
 
 namespace fastldm::cuda::attention {
 
@@ -92,7 +92,7 @@ struct WideForward {
       if (!is_whole(problem, key0, part_keys, query0)) {
         OpenKeys<part_keys> open;
         open.find(problem, mask, key0);
-        close_columns(s, problem, open, key0, query0);
+        mask_columns<T>(s, problem, mask, open, key0, query0);
       }
 #pragma unroll
       for (int row = 0; row < 2 * m; ++row) {

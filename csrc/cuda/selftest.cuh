@@ -255,7 +255,7 @@ struct SelftestCopy {
     const auto narrow = dynamic_shared<float>(0, 128);
     const int lane = lane_id();
     const Global<const float> x = params.x + block_x() * 128;
-    const Global<float> y = params.y + block_x() * 128;
+    const Global<float> y = params.y + opaque(std::int64_t{block_x()} * 128);
     if (warp_id() == 0) {
       // The producer: half of the block's elements in copies, half through registers.
       for (int i = lane; i < 64; i += kWarp) copy_async<4>(narrow + i, x + i);

@@ -8,10 +8,7 @@ import re
 REFUSALS = {
     "attention": (
         r"takes float16 and bfloat16; float32 would lose bits",
-        r"takes bool masks, not",
-        r"takes masks of keys only",
         r"takes head dims up to \d+ on a GPU whose blocks have \d+ KiB",
-        r"has no backward for head dims above 256",
     ),
     "group_norm": (
         r"takes up to 2048 channels per group",

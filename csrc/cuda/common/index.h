@@ -28,4 +28,13 @@ FASTLDM_DEVICE int grid_z() { return static_cast<int>(gridDim.z); }
 FASTLDM_DEVICE int lane_id() { return thread_id() % kWarp; }
 FASTLDM_DEVICE int warp_id() { return thread_id() / kWarp; }
 
+// x, of which the compiler is to know nothing: offsets that follow from it are computed where they are used, and kept
+// in no registers until then.
+FASTLDM_DEVICE std::int64_t opaque(std::int64_t x) {
+#ifndef FASTLDM_HOST_SHIM
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+
 }  // namespace fastldm::cuda

@@ -12,12 +12,12 @@ from fastldm.kernels.common.target import target_of
 from fastldm.native.cuda.support import refuse
 
 # Bytes of shared memory that a block takes for the widest heads, by csrc/cuda/attention_*.cuh.
-_FORWARD_512, _BACKWARD_256 = 139264, 101760
+_FORWARD_512, _BACKWARD_256, _BACKWARD_512 = 139264, 101760, 142720
 # csrc/cuda/attention_problem.h has the same; tiles are of 64 queries or keys at least.
 _MAX_LENGTH, _MAX_TILES = 1 << 30, 1 << 31
 
 
-def _reason_against(q: Tensor, k: Tensor, attn_mask: Tensor | None) -> str | None:
+def _reason_against(q: Tensor, k: Tensor) -> str | None:
     reason = refuse(q)
     if reason is not None:
         return reason
@@ -29,12 +29,6 @@ def _reason_against(q: Tensor, k: Tensor, attn_mask: Tensor | None) -> str | Non
     tiles = q.shape[0] * q.shape[1] * -(-longest // 64)
     if tiles >= _MAX_TILES:
         return f"takes less than 2^31 tiles of 64 queries or keys of all heads, not {tiles}"
-    if attn_mask is None:
-        return None
-    if attn_mask.dtype is not torch.bool:
-        return f"takes bool masks, not {attn_mask.dtype}"
-    if attn_mask.shape[2] != 1 and attn_mask.stride(2) != 0:
-        return "takes masks of keys only, the same for every query"
     return None
 
 
@@ -49,14 +43,12 @@ def _no_room(q: Tensor, widest: int, needed: int) -> str | None:
 
 
 def _supports(q, k, v, attn_mask, is_causal, scale, need_lse) -> str | None:
-    return _reason_against(q, k, attn_mask) or _no_room(q, 256, _FORWARD_512)
+    return _reason_against(q, k) or _no_room(q, 256, _FORWARD_512)
 
 
 def _supports_backward(grad_out, q, k, v, out, lse, attn_mask, is_causal, scale) -> str | None:
-    reason = _reason_against(q, k, attn_mask)
-    if reason is None and q.shape[3] > 256:
-        reason = f"has no backward for head dims above 256, such as {q.shape[3]}"
-    return reason or _no_room(q, 160, _BACKWARD_256)
+    reason = _reason_against(q, k) or _no_room(q, 160, _BACKWARD_256)
+    return reason or _no_room(q, 256, _BACKWARD_512)
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -73,6 +65,20 @@ def _result_like(x: Tensor) -> Tensor:
     return result if _readable(result) is result else x.new_empty(x.shape)
 
 
+def _readable_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """`mask` if its elements are bool, float32 or of the dtype of `q`, else in float32."""
+    known = mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype)
+    return mask if known else mask.float()
+
+
+def _mask_kind(mask: Tensor | None) -> str:
+    """ "none", "keys" (open or closed to all queries alike) or "scores"."""
+    if mask is None:
+        return "none"
+    same = mask.shape[2] == 1 or mask.stride(2) == 0
+    return "keys" if mask.dtype is torch.bool and same else "scores"
+
+
 def key(direction: str, args: tuple) -> dict[str, str | int | bool]:
     """What measurements are kept under. `few_keys`: of the kernel that holds them all."""
     if direction == "forward":
@@ -83,7 +89,7 @@ def key(direction: str, args: tuple) -> dict[str, str | int | bool]:
         "head_dim": q.shape[3],
         "dtype": str(q.dtype).removeprefix("torch."),
         "few_keys": k.shape[2] <= 128,
-        "mask": attn_mask is not None,
+        "mask": _mask_kind(attn_mask),
         "causal": is_causal,
     }
 
@@ -99,7 +105,7 @@ def implementation() -> Implementation:
             _readable(q),
             _readable(k),
             _readable(v),
-            attn_mask,
+            _readable_mask(attn_mask, q),
             is_causal,
             1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
             out,
@@ -118,7 +124,7 @@ def implementation() -> Implementation:
             _readable(v),
             _readable(out),
             lse.contiguous(),
-            attn_mask,
+            _readable_mask(attn_mask, q),
             is_causal,
             1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
             *grads,

@@ -27,7 +27,11 @@ extern "C" void backward(FASTLDM_BACKWARD_PARAMETERS) {
   shim::guarded([&] {
     const BackwardArguments all = FASTLDM_BACKWARD_ARGUMENTS;
     require(static_cast<DType>(dtype) == DType::float16, "this driver knows float16");
-    backward_statistics<float16>(all, true, device(capability));
+    backward_statistics<float16>(all, all.call.dim == 40, device(capability));
+    if (all.call.dim == kWide) {
+      wide_backward<float16, 2, Side::keys>(all, device(capability));
+      return wide_backward<float16, 2, Side::queries>(all, device(capability));
+    }
     backward_keys<float16, 40, Part::both>(all, device(capability));
     backward_queries<float16, 40>(all, device(capability));
   });
