@@ -23,10 +23,6 @@ LIMITS = {
     for kernel, limits in json.loads(path.read_text()).items()
 }
 
-needs_tools = pytest.mark.skipif(
-    build_cuda.missing() is not None, reason=f"CUDA cannot be compiled here: {build_cuda.missing()}"
-)
-
 SAID = """\
 ptxas info    : 28 bytes gmem, 224 bytes cmem[4]
 ptxas info    : Compiling entry function '_ZN7fastldm4cuda5entryINS0_1KIfEEEEvNT_6ParamsE' for 'sm_80'
@@ -46,7 +42,7 @@ def binary():
     return build_cuda.build()
 
 
-@needs_tools
+@pytest.mark.nvcc
 def test_loads_and_registers_without_a_gpu(binary):
     for name in ("matmul", "cluster_sum", "histogram", "warp", "copy", "math"):
         assert getattr(load_cuda(), f"selftest_{name}").default._schema.returns == []
@@ -54,7 +50,7 @@ def test_loads_and_registers_without_a_gpu(binary):
         load_cuda().selftest_warp(torch.zeros(32), torch.zeros(10, 32))
 
 
-@needs_tools
+@pytest.mark.nvcc
 def test_resources_are_within_the_limits(binary):
     found = build_cuda.resources(binary)
     assert {arch for _, arch in found} == {"sm_80", "sm_90a"}
@@ -65,7 +61,7 @@ def test_resources_are_within_the_limits(binary):
             assert getattr(usage, what) <= limit, f"{kernel} on {arch}: {usage}"
 
 
-@needs_tools
+@pytest.mark.nvcc
 @pytest.mark.gpu
 def test_self_test_on_the_gpu(binary):
     ops = load_cuda()
