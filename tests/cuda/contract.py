@@ -13,6 +13,7 @@ REFUSALS = {
     "group_norm": (
         r"takes up to 2048 channels per group",
         r"takes less than 2\^27 groups",
+        r"takes up to 2\^30 channels",
         r"takes up to 2\^30 pixels",
         r"takes less than 2\^32 elements per group",
     ),

@@ -151,6 +151,8 @@ def test_tests_of_every_backend_know_what_is_refused_by_contract(monkeypatch):
             group_norm.supports(on_gpu(2, 4096, 8), 1, *rest),
             group_norm.supports(on_gpu(1, 1, 2**30 + 1), 1, *rest),
             group_norm.supports(on_gpu(2**20, 128, 1), 128, *rest),
+            group_norm.supports(on_gpu(1, 2**31, 1), 2**21, *rest),
+            group_norm.supports(on_gpu(1, 2048, 2**21), 1, *rest),
         ],
         "vq_nearest": [nearest(wide, wide), nearest(on_gpu(1, 1), many)],
         "vq_ema_update": [sums(wide, None, 2**28 + 1)],
