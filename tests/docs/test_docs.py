@@ -97,3 +97,30 @@ def test_the_reconstructions_that_are_quoted_are_those_measured():
     ]
     text = TEXTS[ROOT / "docs" / "first-stages.md"]
     assert re.findall(r"\d+\.\d%", text) == measured
+
+
+GLIDE = [
+    {"system": "glide", "stage": stage, "pairs": pairs, "attribute": "all"}
+    for pairs in ("seen", "held-out")
+    for stage in ("base", "upsampler")
+]
+QUOTED = {
+    "glide": [*GLIDE, {"system": "inpainting", "attribute": "all"}],
+    "classifier-guidance": [
+        {"system": "classifier", "scale": scale, "attribute": attribute}
+        for scale in (0.0, 1.0, 2.0, 4.0, 8.0)
+        for attribute in ("count", "colour", "shape", "all")
+    ],
+    "clip": [{"system": "clip", "pairs": pairs} for pairs in ("seen", "held-out")],
+}
+
+
+@pytest.mark.parametrize("page", QUOTED)
+def test_numbers_of_systems_are_those_measured(page):
+    rows = json.loads((ROOT / "docs/results/systems.json").read_text())["rows"]
+    wanted = []
+    for about in QUOTED[page]:
+        (row,) = [row for row in rows if about.items() <= row.items()]
+        assert row["accuracy"] == row["right"] / row["total"]
+        wanted.append(f"{100 * row['accuracy']:.1f}%")
+    assert re.findall(r"\d+\.\d%", TEXTS[ROOT / "docs" / f"{page}.md"]) == wanted
