@@ -3,7 +3,8 @@
 `kernels/<op>` installs as `fastldm.kernels.<op>`, and the C++ and CUDA sources as data of `fastldm.csrc`, so
 that an installed copy can be compiled later, by `fastldm build`. It imports without torch: metadata never
 depends on the machine. FASTLDM_BUILD=1 compiles the C++ extension into the wheel, and the CUDA one where nvcc
-and a CUDA build of torch are found; torch must then be installed, and pip be given --no-build-isolation.
+and a CUDA build of torch are found; torch and ninja must then be installed, and pip be given
+--no-build-isolation.
 """
 
 import os
@@ -45,10 +46,11 @@ class BuildPython(build_py):
                     build_cuda.build()
                 return
             folder = Path(self.build_lib, "fastldm", "native")
-            build.compile_extension(folder / build.binary_name(), build.find_compiler(), build.silent)
+            objects = Path(self.get_finalized_command("build").build_temp).resolve()
+            build.compile_extension(folder / build.binary_name(), build.find_compiler(), objects / "cpu")
             if missing is None:
                 target = folder / build_cuda.binary_name()
-                build_cuda.compile_extension(target, build_cuda.find_tools(), build.silent)
+                build_cuda.compile_extension(target, build_cuda.find_tools(), objects / "cuda")
 
 
 class WithExtension(Distribution):

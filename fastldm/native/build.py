@@ -18,14 +18,14 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from fastldm.errors import BuildError
+from fastldm.native import ninja
+from fastldm.native.ninja import Progress, Recipe, silent
 
 # The oldest PyTorch whose stable ABI the extension uses: 2.11, in the encoding of torch/headeronly/version.h.
 TORCH_TARGET_VERSION = "0x020b000000000000"
@@ -50,29 +50,10 @@ _KERNELS = {
 }
 
 
-Progress = Callable[[int, int], None]
-
-
-def silent(done: int, total: int) -> None:
-    """The progress report of nobody."""
-
-
 @dataclass(frozen=True)
 class Compiler:
     command: tuple[str, ...]
     version: str
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What has to be run: one command per object file, with the name of that file, and the link command.
-
-    `isas`: the instruction sets of CPUs, or the architectures of GPUs, that the binary is for.
-    """
-
-    objects: dict[str, tuple[str, ...]]
-    link: tuple[str, ...]
-    isas: tuple[str, ...]
 
 
 @cache
@@ -166,31 +147,31 @@ def torch_folder() -> Path:
     return folder
 
 
-def recipe(compiler: Compiler, output: Path) -> Recipe:
-    """How to compile and link the extension into `output`. Raises BuildError without PyTorch's headers."""
+def recipe(compiler: Compiler) -> Recipe:
+    """How to compile and link the extension. Raises BuildError without PyTorch's headers."""
     include = torch_folder() / "include"
     folder = sources_folder()
     if not (folder / "bindings.cpp").is_file():
         raise BuildError(f"the C++ sources are not in {folder}; install fastldm again")
     isas = ("plain", *_supported(compiler))
-    compile_ = (*compiler.command, *_FLAGS, f"-ffile-prefix-map={folder}=csrc", "-c")
+    compile_ = (*compiler.command, *_FLAGS, "-c")
     bindings = (f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-isystem{include}")
     built = tuple(f"-DFASTLDM_BUILT_{isa}" for isa in isas)
     objects = {
-        "bindings": (*compile_, *bindings, str(folder / "bindings.cpp")),
-        "isa": (*compile_, *built, str(folder / "cpu/isa.cpp")),
+        "bindings": (*compile_, *bindings, "csrc/bindings.cpp"),
+        "isa": (*compile_, *built, "csrc/cpu/isa.cpp"),
     }
     for source, gains in _KERNELS.items():
         for isa in isas:
             if isa == "plain" or isa in gains:
                 flags = (f"-DFASTLDM_ISA={isa}", *_X86.get(isa, ()))
-                objects[f"{Path(source).stem}-{isa}"] = (*compile_, *flags, str(folder / source))
+                objects[f"{Path(source).stem}-{isa}"] = (*compile_, *flags, f"csrc/{source}")
     if platform.system() == "Darwin":
         shared = ("-dynamiclib", "-undefined", "dynamic_lookup")
     else:
         # By name alone: the loader takes the libtorch_cpu.so that is in the process already, of any version.
         shared = ("-shared", f"-L{include.parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu")
-    return Recipe(objects, (*compiler.command, *shared, "-o", str(output)), isas)
+    return Recipe(objects, (*compiler.command, *shared), isas)
 
 
 def _supported(compiler: Compiler) -> Iterator[str]:
@@ -204,62 +185,13 @@ def _supported(compiler: Compiler) -> Iterator[str]:
         yield isa
 
 
-def compile_extension(output: Path, compiler: Compiler, progress: Progress) -> tuple[str, ...]:
-    """Compiles and links into `output`, which appears at once when it is whole; the instruction sets in it.
-
-    `progress(done, total)` is called after each command. Raises BuildError with the compiler's first error.
-    """
-    return follow(lambda path: recipe(compiler, path), output, progress)[0].isas
-
-
-def follow(
-    make_recipe: Callable[[Path], Recipe], output: Path, progress: Progress
-) -> tuple[Recipe, dict[str, str]]:
-    """Runs a recipe for `output`, which appears at once when it is whole: the recipe, and what the compiler
-    said of each object file.
-
-    The commands share the cores by a pool of threads. A tool like ninja would have nothing to add: what is
-    kept is keyed by the hash of every source, so there is no half of it to build again.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    said = {}
-    with tempfile.TemporaryDirectory(dir=output.parent) as name:
-        folder = Path(name)
-        plan = make_recipe(folder / output.name)
-        total = len(plan.objects) + 1
-        progress(0, total)
-        files = {stem: folder / f"{stem}.o" for stem in plan.objects}
-        with ThreadPoolExecutor(_usable_cores()) as pool:
-            jobs = {
-                pool.submit(_run, (*plan.objects[stem], "-o", str(path))): stem
-                for stem, path in files.items()
-            }
-            try:
-                for done, job in enumerate(as_completed(jobs), start=1):
-                    said[jobs[job]] = job.result()
-                    progress(done, total)
-            except BuildError:
-                pool.shutdown(cancel_futures=True)
-                raise
-        _run((*plan.link, *map(str, files.values())))
-        if not (folder / output.name).is_file():
-            raise BuildError(f"{plan.link[0]} ended without an error, but wrote nothing")
-        os.replace(folder / output.name, output)
-        progress(total, total)
-    return plan, said
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _run(command: tuple[str, ...]) -> str:
-    answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode != 0:
-        lines = [line for line in answer.stderr.splitlines() if "error" in line] or answer.stderr.splitlines()
-        reason = lines[0] if lines else f"exit code {answer.returncode}"
-        raise BuildError(f"compiling the C++ kernels failed: {reason} (command: {shlex.join(command)})")
-    return answer.stderr
+def compile_extension(
+    output: Path, compiler: Compiler, objects: Path, progress: Progress = silent
+) -> dict[str, object]:
+    """Compiles and links into `output` as `ninja.run` does, object files in `objects`; what is in it."""
+    plan = recipe(compiler)
+    ninja.run(plan, sources_folder(), objects, output, progress)
+    return {"instruction_sets": plan.isas}
 
 
 def build(progress: Progress = silent, *, force: bool = False) -> Path:
@@ -267,20 +199,21 @@ def build(progress: Progress = silent, *, force: bool = False) -> Path:
 
     Processes that build at once wait for each other. Raises BuildError.
     """
-    compiler = find_compiler()
-
-    def compile_(output: Path) -> dict[str, object]:
-        return {"instruction_sets": compile_extension(output, compiler, progress)}
-
-    return keep(binary_name(), compiler, compile_, force=force)
+    return keep(binary_name(), find_compiler(), compile_extension, progress, force=force)
 
 
 def keep(
-    name: str, compiler: Compiler, compile_: Callable[[Path], dict[str, object]], *, force: bool
+    name: str,
+    compiler: Compiler,
+    compile_: Callable[[Path, Compiler, Path, Progress], dict[str, object]],
+    progress: Progress,
+    *,
+    force: bool,
 ) -> Path:
-    """The binary `name` that this compiler made, in the cache, after `compile_(path)` if need be.
+    """The binary `name` that this compiler made, in the cache, after `compile_` if need be.
 
-    What `compile_` returns is noted in a JSON file beside it. Raises BuildError.
+    What `compile_` returns is noted in a JSON file beside it. `force`: with no object file of before. Raises
+    BuildError.
     """
     from filelock import FileLock
 
@@ -289,14 +222,17 @@ def keep(
     if folder is None:
         raise BuildError("this user has no home folder to keep the C++ kernels in; set FASTLDM_CACHE")
     output = folder / key / name
+    objects = output.parent / f"{name.partition('-')[0]}-objects"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(output.parent / "build.lock"):
+            if force:
+                shutil.rmtree(objects, ignore_errors=True)
             if force or not _is_whole(output):
                 about = {
                     "compiler": compiler.version,
                     "command": compiler.command,
-                    **compile_(output),
+                    **compile_(output, compiler, objects, progress),
                     "bytes": output.stat().st_size,
                 }
                 output.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")

@@ -20,19 +20,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastldm.errors import BuildError
+from fastldm.native import ninja
 from fastldm.native.build import (
     TORCH_TARGET_VERSION,
     Compiler,
-    Progress,
-    Recipe,
     find_binary,
-    follow,
     hash_of,
     keep,
-    silent,
     sources_folder,
     torch_folder,
 )
+from fastldm.native.ninja import Progress, Recipe, silent
 
 _FLAGS = ("-std=c++17", "-O3", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DNDEBUG", "-DUSE_CUDA")
 _MACHINE_CODE = ("80", "90a")
@@ -124,8 +122,8 @@ def missing() -> str | None:
     return None
 
 
-def recipe(compiler: Compiler, output: Path) -> Recipe:
-    """How to compile and link the extension into `output`. Raises BuildError without PyTorch's headers."""
+def recipe(compiler: Compiler) -> Recipe:
+    """How to compile and link the extension. Raises BuildError without PyTorch's headers."""
     folder, torch = sources_folder(), torch_folder()
     sources = sorted(folder.glob("cuda/*.cu"))
     if not sources:
@@ -133,25 +131,26 @@ def recipe(compiler: Compiler, output: Path) -> Recipe:
     ptx = next(arch for since, arch in _PTX.items() if _version_of(compiler) >= since)
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in _MACHINE_CODE]
     codes.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
-    headers = (f"-I{folder}", "-isystem", str(torch / "include"))
+    headers = ("-Icsrc", "-isystem", str(torch / "include"))
     target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
     objects = {
-        path.stem: (*compiler.command, *_FLAGS, target, *codes, *headers, "-c", str(path)) for path in sources
+        path.stem: (*compiler.command, *_FLAGS, target, *codes, *headers, "-c", f"csrc/cuda/{path.name}")
+        for path in sources
     }
     # By name alone, like the CPU's: the loader takes PyTorch's libraries that are in the process already.
     libraries = (f"-L{torch / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch_cpu", "-ltorch_cuda")
-    link = (*compiler.command, "-shared", "-cudart=static", "-o", str(output), *libraries)
+    link = (*compiler.command, "-shared", "-cudart=static", *libraries)
     return Recipe(objects, link, (*(f"sm_{arch}" for arch in _MACHINE_CODE), f"compute_{ptx}"))
 
 
-def compile_extension(output: Path, compiler: Compiler, progress: Progress) -> dict[str, object]:
-    """Compiles and links into `output`; what is in it: its architectures and, kernel by kernel, `Usage`.
-
-    `progress(done, total)` is called after each command. Raises BuildError with the compiler's first error.
-    """
-    plan, said = follow(lambda path: recipe(compiler, path), output, progress)
+def compile_extension(
+    output: Path, compiler: Compiler, objects: Path, progress: Progress = silent
+) -> dict[str, object]:
+    """Compiles and links into `output` as `ninja.run` does, object files in `objects`; what is in it: its
+    architectures and, kernel by kernel, `Usage`."""
+    plan = recipe(compiler)
     usage = {}
-    for text in said.values():
+    for text in ninja.run(plan, sources_folder(), objects, output, progress).values():
         usage.update(read_usage(text))
     return {
         "architectures": plan.isas,
@@ -197,13 +196,7 @@ def build(progress: Progress = silent, *, force: bool = False) -> Path:
 
     Processes that build at once wait for each other. Raises BuildError.
     """
-    compiler = find_tools()
-    return keep(
-        binary_name(),
-        compiler,
-        lambda output: compile_extension(output, compiler, progress),
-        force=force,
-    )
+    return keep(binary_name(), find_tools(), compile_extension, progress, force=force)
 
 
 def resources(binary: Path) -> dict[tuple[str, str], Usage]:

@@ -128,9 +128,9 @@ def test_what_is_missing_is_said(tools, torch_cuda, nvcc, message):
 
 
 @pytest.mark.parametrize(("nvcc", "ptx"), [("12.6", "90"), ("12.8", "100"), ("13.0", "100")])
-def test_architectures(tools, tmp_path, nvcc, ptx):
+def test_architectures(tools, nvcc, ptx):
     tools(nvcc, nvcc)
-    plan = build_cuda.recipe(build_cuda.find_tools(), tmp_path / "out.so")
+    plan = build_cuda.recipe(build_cuda.find_tools())
     assert plan.isas == ("sm_80", "sm_90a", f"compute_{ptx}")
     assert f"-gencode=arch=compute_{ptx},code=compute_{ptx}" in plan.objects["selftest"]
 

@@ -165,7 +165,7 @@ def test_a_failing_compiler_leaves_nothing(empty_cache, tmp_path, monkeypatch):
     with pytest.raises(BuildError, match=r"x\.cpp:1: error: no"):
         build.build()
     assert build.find_binary() is None
-    assert [p.suffix for p in empty_cache.rglob("*") if p.is_file()] in ([], [".lock"])
+    assert not {p.suffix for p in empty_cache.rglob("*")} & {".so", ".o", ".json", ".partial"}
 
 
 def test_no_compiler(empty_cache, monkeypatch):
@@ -202,8 +202,8 @@ def test_a_cache_that_cannot_be_written(tmp_path, fake_compiler, monkeypatch):
         build.build()
 
 
-def test_recipe_without_x86_compiles_plain_code_only(monkeypatch, tmp_path):
+def test_recipe_without_x86_compiles_plain_code_only(monkeypatch):
     monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
-    plan = build.recipe(build.Compiler(("c++",), ""), tmp_path / "out.so")
+    plan = build.recipe(build.Compiler(("c++",), ""))
     assert plan.isas == ("plain",)
     assert not any(flag.startswith("-m") for command in plan.objects.values() for flag in command)
