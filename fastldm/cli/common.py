@@ -75,6 +75,8 @@ def load_pipeline(arguments: argparse.Namespace) -> LatentDiffusionPipeline | Gl
     if arguments.sampler not in (None, pipeline.sampler):
         pipeline.sampler, pipeline.karras = arguments.sampler, False
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] == "meta":
+        raise InputError("--device meta computes nothing; `fastldm env` lists the devices")
     try:
         pipeline.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -113,7 +115,10 @@ def folder_name(text: str) -> str:
 
 def finite_scale(text: str) -> float:
     """The value of --guidance-scale."""
-    scale = float(text)
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
     if not math.isfinite(scale) or scale < 0:
         raise argparse.ArgumentTypeError(f"{text} is not a guidance scale; give 0 or more, such as 2.0")
     return scale

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from fastldm.reproduce import reproduce, shipped_finding
+    from fastldm.reproduce import reproduce, shipped_finding, shipped_folder
     from fastldm.training.extras import require
 
     claims = CLAIMS if arguments.claim == "all" else [arguments.claim]
@@ -42,5 +42,4 @@ def run(arguments: argparse.Namespace) -> None:
             finding = reproduce(claim, arguments.out, progress=sys.stderr.isatty())
         print(f"{claim}: {finding.statement}")
         print(textwrap.fill(finding.verdict, 100))
-        if not arguments.shipped:
-            print((Path(arguments.out) / claim).resolve())
+        print(shipped_folder(claim) if arguments.shipped else (Path(arguments.out) / claim).resolve())

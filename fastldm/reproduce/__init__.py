@@ -17,7 +17,7 @@ from fastldm.errors import InputError
 from fastldm.reproduce.finding import Finding
 from fastldm.reproduce.workspace import Workspace
 
-__all__ = ["CLAIMS", "Finding", "reproduce", "shipped_finding"]
+__all__ = ["CLAIMS", "Finding", "reproduce", "shipped_finding", "shipped_folder"]
 
 CLAIMS = ("text-vs-class", "noised-clip", "cfg-vs-clip", "latent-vs-pixel")
 
@@ -44,8 +44,13 @@ def reproduce(claim: str, folder: str | os.PathLike = "runs/claims", *, progress
 
 def shipped_finding(claim: str) -> Finding:
     """What the experiment found on our machine; see `fastldm/assets/claims`."""
+    return Finding.load(str(shipped_folder(claim)))
+
+
+def shipped_folder(claim: str) -> Path:
+    """Where its finding.json, plot.png and pictures.png are."""
     _module(claim)
-    return Finding.load(str(resources.files("fastldm") / "assets" / "claims" / claim))
+    return Path(str(resources.files("fastldm") / "assets" / "claims" / claim))
 
 
 def _module(claim: str) -> ModuleType:
