@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -382,6 +383,19 @@ def test_fractional_timesteps_reach_the_denoiser():
         (torch.int64, [600] * 2),
         (torch.int64, [20] * 2),
     ]
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_whole_timesteps_of_numpy_and_torch_are_whole(sampler):
+    schedule, got = NoiseSchedule(**STABLE_DIFFUSION), []
+
+    def spy(x, t):
+        got.append(t.dtype)
+        return x
+
+    for timesteps in (np.array([600, 20]), [torch.tensor(600), np.int32(20)], torch.tensor([600, 20])):
+        SAMPLERS[sampler](spy, torch.randn(2, 3), schedule, timesteps)
+    assert set(got) == {torch.int64}
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))

@@ -83,6 +83,24 @@ def test_a_callback_gives_latents_or_nothing(pipe, given, said):
         assert torch.equal(found, plain)
 
 
+def test_numbers_may_be_of_numpy_or_torch(pipe):
+    def pictures(number, whole):
+        options = {
+            "guidance_scale": number(3.0),
+            "eta": number(0.5),
+            "gradient_scale": number(2.0),
+            "num_inference_steps": whole(2),
+            "num_images_per_prompt": whole(2),
+        }
+        noise = torch.Generator().manual_seed(0)
+        call = {**CALL, **options, "sampler": "ddim", "gradient": lambda x, t: x.sin()}
+        return pipe(np.str_("a star"), generator=noise, **call).images
+
+    wanted = pictures(float, int)
+    for number, whole in ((np.float32, np.int64), (torch.tensor, np.int32), (np.array, int)):
+        assert torch.equal(pictures(number, whole), wanted)
+
+
 def test_what_has_no_effect_is_said_at_the_user_s_line(pipe):
     def said(**options):
         with warnings.catch_warnings(record=True) as caught:
