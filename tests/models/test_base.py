@@ -362,7 +362,13 @@ def test_saved_files_have_the_permissions_of_ordinary_files(tmp_path):
 def test_fields_of_another_type_or_name_are_said_before_the_network_is_built(fields, said):
     class Tiny(Model):
         @configurable
-        def __init__(self, width: int = 4, rate: float | None = 0.5, sizes: Sequence[int] = (1, 2)) -> None:
+        def __init__(
+            self,
+            width: int = 4,
+            rate: float | None = 0.5,
+            sizes: Sequence[int] = (1, 2),
+            kinds: Sequence[str] = ("a",),
+        ) -> None:
             super().__init__()
             assert isinstance(width, int)
 
@@ -373,6 +379,8 @@ def test_fields_of_another_type_or_name_are_said_before_the_network_is_built(fie
     for sizes in ("12", 3, [1, "2"]):
         with pytest.raises(ConfigError, match="sizes takes a list of int"):
             Tiny(sizes=sizes)
+    with pytest.raises(ConfigError, match="kinds takes a list of str, got 'DownBlock2D'"):
+        Tiny(kinds="DownBlock2D")
     assert Tiny(width=2, rate=1, sizes=[3]).config.rate == 1
     assert Tiny(rate=None).config.rate is None
 

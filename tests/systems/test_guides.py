@@ -155,6 +155,7 @@ def test_a_guide_of_something_else_is_refused_before_sampling(pipeline):
         (guide(pipe, latents=Latents(1.001 * pipe.scaling_factor)), "another first stage"),
         (guide(pipe, schedule=cosine), "another schedule"),
         (guide(pipe, schedule=NoiseSchedule.scaled_linear(500)), "another schedule"),
+        (guide(pipe, schedule=NoiseSchedule.scaled_linear(beta_end=0.01201)), "another schedule"),
         (guide(pipe, (0, 1)), "2 captions or labels for 1 prompts"),
         (guide(pipe, ()), "0 captions or labels"),
     ]
