@@ -78,13 +78,15 @@ def rescale_guidance(guided: Tensor, conditional: Tensor, strength: float) -> Te
     """Bring the guided output back to the conditional one's standard deviation, per sample.
 
     Lin et al. 2023, section 3.4, eq. 15 and 16: strength 0 leaves `guided`, 1 replaces it. Shapes (B, ...).
+    An output without deviation, such as that of a network which starts at zero, stays as it is.
 
     Raises:
         InputError: for a strength outside [0, 1].
     """
     strength = fraction("strength", strength)
     dims = tuple(range(1, guided.ndim))
-    ratio = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
+    wanted, own = (output.std(dim=dims, keepdim=True) for output in (conditional, guided))
+    ratio = torch.where(own > 0, wanted / own, 1)
     return strength * (guided * ratio) + (1 - strength) * guided
 
 
