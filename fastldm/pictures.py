@@ -27,7 +27,8 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
 
 
 def as_pictures(name: str, given: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
-    """PIL image(s) as a list; InputError for anything else, for none, and for one without pixels."""
+    """PIL image(s) as a list; InputError for anything else, for none, for one without pixels, and for one of
+    whole numbers of 16 or 32 bits or of floats, which PIL cuts off at 255 on the way to 8 bits."""
     pictures: Any = [given] if isinstance(given, Image.Image) else given
     listed = isinstance(pictures, Sequence) and not isinstance(pictures, str)
     if not listed or not pictures or not all(isinstance(p, Image.Image) for p in pictures):
@@ -36,6 +37,11 @@ def as_pictures(name: str, given: Image.Image | Sequence[Image.Image]) -> list[I
     for picture in pictures:
         if 0 in picture.size:
             raise InputError(f"{name}: a picture of {picture.width}x{picture.height} pixels shows nothing")
+        if picture.mode[0] in "IF":
+            raise InputError(
+                f"{name}: a picture of mode {picture.mode} has no known range; give one of 8 bits, such as "
+                "of mode RGB or L"
+            )
     return list(pictures)
 
 

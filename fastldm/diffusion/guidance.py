@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -77,13 +78,15 @@ def rescale_guidance(guided: Tensor, conditional: Tensor, strength: float) -> Te
     """Bring the guided output back to the conditional one's standard deviation, per sample.
 
     Lin et al. 2023, section 3.4, eq. 15 and 16: strength 0 leaves `guided`, 1 replaces it. Shapes (B, ...).
+    An output without deviation, such as that of a network which starts at zero, stays as it is.
 
     Raises:
         InputError: for a strength outside [0, 1].
     """
     strength = fraction("strength", strength)
     dims = tuple(range(1, guided.ndim))
-    ratio = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
+    wanted, own = (output.std(dim=dims, keepdim=True) for output in (conditional, guided))
+    ratio = torch.where(own > 0, wanted / own, 1)
     return strength * (guided * ratio) + (1 - strength) * guided
 
 
@@ -259,7 +262,7 @@ def drop_condition(
 
 
 def finite(name: str, value: float | Tensor) -> float:
-    """`value` as a float; InputError unless it is a finite number, or a tensor of one."""
+    """`value` as a float; InputError unless it is a finite number, or a tensor or an array of one."""
     number = _item(value)
     if not is_number(number):
         raise InputError(f"{name}={number!r}: give a finite number, such as 2.0")
@@ -267,7 +270,7 @@ def finite(name: str, value: float | Tensor) -> float:
 
 
 def fraction(name: str, value: float | Tensor) -> float:
-    """`value` as a float; InputError unless it is a number from 0 to 1, or a tensor of one."""
+    """`value` as a float; InputError unless it is a number from 0 to 1, or a tensor or an array of one."""
     number = _item(value)
     if not is_fraction(number):
         raise InputError(f"{name}={number!r}: use a value between 0 and 1")
@@ -275,7 +278,7 @@ def fraction(name: str, value: float | Tensor) -> float:
 
 
 def _item(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    return value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
 
 
 def _shape(condition: Tensor | None) -> tuple[int, ...] | None:

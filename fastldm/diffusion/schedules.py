@@ -100,6 +100,8 @@ class NoiseSchedule:
                 "rescale_betas_zero_snr=True with prediction_type='epsilon': the noise at zero SNR holds no "
                 "picture; use prediction_type 'v_prediction' or 'sample'"
             )
+        if self.clip_sample and not self.clip_sample_range > 0:
+            raise ConfigError(f"clip_sample_range={self.clip_sample_range}: use a number above 0")
         if self.trained_betas is None and (
             self.num_train_timesteps < 1 or not 0 < self.beta_start <= self.beta_end < 1
         ):
@@ -123,7 +125,10 @@ class NoiseSchedule:
                 raise ConfigError(
                     f"trained_betas has {len(self.trained_betas)} values, num_train_timesteps is {steps}"
                 )
-            return torch.tensor(self.trained_betas, dtype=torch.float32)
+            betas = torch.tensor([float(beta) for beta in self.trained_betas], dtype=torch.float32)
+            if not bool(((betas >= 0) & (betas <= 1)).all()):
+                raise ConfigError("trained_betas has values that are no variances; give numbers from 0 to 1")
+            return betas
         if self.beta_schedule == "linear":
             return torch.linspace(start, end, steps, dtype=torch.float32)
         if self.beta_schedule == "scaled_linear":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import os
 import re
 import typing
@@ -21,7 +20,7 @@ from torch import nn
 
 from fastldm.checks import did_you_mean, is_of_type, type_in_words, with_article
 from fastldm.errors import CheckpointError, ConfigError
-from fastldm.io import atomic_write
+from fastldm.io import write_json
 from fastldm.models import weights
 
 M = TypeVar("M", bound="Model")
@@ -185,7 +184,7 @@ class Model(nn.Module):
             file = folder / weights.with_variant(self.weights_name, variant)
             state = {self._file_key(key): tensor for key, tensor in self._exported_state_dict().items()}
             weights.write_safetensors(file, state, dtype)
-            atomic_write(folder / self.config_name, json.dumps(self._exported_config(), indent=2) + "\n")
+            write_json(folder / self.config_name, self._exported_config())
         except OSError as error:
             raise CheckpointError(f"cannot save {type(self).__name__} to {folder}: {error}") from error
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import CheckpointError, InputError
-from fastldm.io import atomic_write
+from fastldm.io import atomic_write, write_json
 from fastldm.models import bpe
 from fastldm.models.captions import as_captions
 
@@ -164,7 +164,7 @@ class CLIPTokenizer:
         atomic_write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False) + "\n")
         atomic_write(folder / "merges.txt", bpe.merges_text(self.merges))
         atomic_write(folder / "tokenizer.json", whole.to_str(pretty=True))
-        atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        write_json(folder / "tokenizer_config.json", config)
 
     @classmethod
     def from_pretrained(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -132,7 +133,7 @@ class CLIPTextModel(_Tower):
         eos_token_id: int = 49407,
     ) -> None:
         super().__init__()
-        if not isinstance(eos_token_id, int):
+        if not isinstance(eos_token_id, Integral):
             raise ConfigError(f"eos_token_id={eos_token_id!r}: give the one id that ends a text")
         self.embeddings = _TextEmbeddings(self.config)
         self.encoder = _Encoder(self.config)
@@ -212,7 +213,7 @@ class CLIPVisionModel(_Tower):
     ) -> None:
         super().__init__()
         sides = (image_size, patch_size)
-        if not all(isinstance(side, int) for side in sides) or not 1 <= patch_size <= image_size:
+        if not all(isinstance(side, Integral) for side in sides) or not 1 <= patch_size <= image_size:
             raise ConfigError(
                 f"image_size={image_size!r}, patch_size={patch_size!r}: give sides in pixels, patches at "
                 "most as large as the picture"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import CheckpointError, InputError
-from fastldm.io import atomic_write
+from fastldm.io import atomic_write, write_json
 from fastldm.models.captions import as_captions
 
 PAD, CLS, SEP, UNK = SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
@@ -155,7 +155,7 @@ class Tokenizer:
             "unk_token": UNK,
         }
         atomic_write(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        write_json(folder / "tokenizer_config.json", config)
 
     @classmethod
     def from_pretrained(

@@ -16,7 +16,7 @@ from PIL import Image
 from fastldm._version import __version__
 from fastldm.errors import CheckpointError
 from fastldm.evaluation.statistics import Score
-from fastldm.io import atomic_write
+from fastldm.io import atomic_write, write_json
 from fastldm.pictures import png_bytes
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Finding:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(folder / PICTURES, png_bytes(pictures))
-            atomic_write(folder / FINDING, json.dumps(asdict(self), indent=2) + "\n")
+            write_json(folder / FINDING, asdict(self))
             self.save_plot(folder / PLOT, plot)
         except OSError as error:
             raise CheckpointError(f"cannot write the finding to {folder}: {error}") from error

@@ -3,19 +3,20 @@ and the gradient that guides diffusion to a class."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastldm.diffusion.guidance import Gradient, classifier_gradient
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
-from fastldm.io import atomic_write
+from fastldm.io import write_json
 from fastldm.models.base import Model
 from fastldm.models.classifier import ADMClassifier
 from fastldm.models.weights import read_json, resolve_folder
@@ -104,7 +105,7 @@ class ClassifierGuide:
 
     def _indices(self, labels: int | str | Sequence[int | str] | Tensor) -> Tensor:
         """int64 (B,)."""
-        if isinstance(labels, Tensor):
+        if isinstance(labels, Tensor | np.ndarray):
             labels = labels.tolist()
         single = isinstance(labels, str) or not isinstance(labels, Sequence)
         labels = [labels] if single else list(labels)
@@ -114,12 +115,13 @@ class ClassifierGuide:
         indices = []
         for label in labels:
             index = known.get(label) if isinstance(label, str) else label
-            if type(index) is not int or not 0 <= index < len(self.classes):
+            whole = isinstance(index, Integral) and not isinstance(index, bool)
+            if not whole or not 0 <= index < len(self.classes):
                 names = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
                 raise InputError(
                     f"label {label!r} is no class; give 0 to {len(self.classes) - 1}, or a name ({names})"
                 )
-            indices.append(index)
+            indices.append(int(index))
         return torch.tensor(indices, dtype=torch.int64)
 
     def save_pretrained(self, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
@@ -128,7 +130,7 @@ class ClassifierGuide:
         folder = Path(path)
         self.model.save_pretrained(folder, dtype=dtype)
         try:
-            atomic_write(folder / _CLASSES, json.dumps({"classes": list(self.classes)}, indent=2) + "\n")
+            write_json(folder / _CLASSES, {"classes": list(self.classes)})
             self.space.save(folder)
         except OSError as error:
             raise CheckpointError(f"cannot save the classifier to {folder}: {error}") from error

@@ -6,7 +6,6 @@ may also have been trained on the latents of a first stage, to guide diffusion t
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from fastldm.checks import described
 from fastldm.diffusion.guidance import Gradient, clip_gradient
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
-from fastldm.io import atomic_write
+from fastldm.io import write_json
 from fastldm.models.captions import as_captions
 from fastldm.models.clip import CLIPModel, contrastive_loss, normalised
 from fastldm.models.clip_tokenizer import CLIPTokenizer
@@ -252,7 +251,7 @@ class CLIPScorer:
         try:
             self.tokenizer.save_pretrained(folder)
             if self.latents is None:
-                atomic_write(folder / _PREPROCESSOR, json.dumps(config, indent=2) + "\n")
+                write_json(folder / _PREPROCESSOR, config)
             self.space.save(folder)
         except OSError as error:
             raise CheckpointError(f"cannot save CLIP to {folder}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from fastldm.checks import with_article
 from fastldm.diffusion.scheduler_config import class_of
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError
-from fastldm.io import atomic_folder, atomic_write
+from fastldm.io import atomic_folder, write_json
 from fastldm.models.weights import read_json, resolve_folder
 
 INDEX = "model_index.json"
@@ -100,7 +99,7 @@ def writing_pipeline(path: str | os.PathLike, index: Mapping[str, Any]) -> Itera
             if path.exists():
                 shutil.copytree(path, folder, dirs_exist_ok=True)
             yield folder
-            atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+            write_json(folder / INDEX, index)
     except OSError as error:
         raise CheckpointError(f"cannot save the pipeline to {path}: {error}") from error
 
@@ -118,7 +117,7 @@ def scheduler_config(
 def write_scheduler(folder: Path, config: Mapping[str, Any]) -> None:
     """Write `scheduler_config.json` into a folder of its own."""
     folder.mkdir(exist_ok=True)
-    atomic_write(folder / SCHEDULER, json.dumps(config, indent=2) + "\n")
+    write_json(folder / SCHEDULER, config)
 
 
 def lost_fields(part: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from fastldm.checks import described, is_number, with_article
 from fastldm.diffusion.guidance import Gradient
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, InputError
-from fastldm.io import atomic_write
+from fastldm.io import write_json
 from fastldm.models.weights import read_json
 from fastldm.systems import folders
 
@@ -163,7 +163,8 @@ class GuideSpace:
         accepted = f"0 (no noise) to {self.schedule.num_train_timesteps - 1}, one or one per sample"
         if timestep is None:
             raise InputError(f"this model was trained on noised x; give its timestep, {accepted}")
-        given = timestep.reshape(-1).tolist() if isinstance(timestep, Tensor) else timestep
+        array = isinstance(timestep, Tensor | np.ndarray)
+        given = timestep.reshape(-1).tolist() if array else timestep
         steps = [given] if isinstance(given, Real) or not isinstance(given, Sequence) else given
         last = self.schedule.num_train_timesteps - 1
         if not all(is_number(t) and 0 <= t <= last for t in steps):
@@ -175,10 +176,10 @@ class GuideSpace:
     def save(self, folder: Path) -> None:
         """Write `latents.json` and `scheduler_config.json`, as far as there is something to say."""
         if self.latents is not None:
-            atomic_write(folder / _LATENTS, json.dumps(asdict(self.latents), indent=2) + "\n")
+            write_json(folder / _LATENTS, asdict(self.latents))
         if self.schedule is not None:
             config = self.schedule.to_config("DDPMScheduler")
-            atomic_write(folder / folders.SCHEDULER, json.dumps(config, indent=2) + "\n")
+            write_json(folder / folders.SCHEDULER, config)
 
 
 def read_latents(folder: Path) -> Latents | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from fastldm.diffusion.samplers import Generators, noise_levels
 from fastldm.diffusion.scheduler_config import sampler_of
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
-from fastldm.io import atomic_write
+from fastldm.io import write_json
 from fastldm.models.autoencoder_kl import AutoencoderKL
 from fastldm.models.conditioners import (
     ClassConditioner,
@@ -409,7 +408,7 @@ class LatentDiffusionPipeline:
     def _write_scaling_factor(self, file: Path) -> None:
         # diffusers' pipelines read the factor from the first stage.
         config = {**read_json(file), "scaling_factor": self.scaling_factor}
-        atomic_write(file, json.dumps(config, indent=2) + "\n")
+        write_json(file, config)
 
     @classmethod
     def from_pretrained(

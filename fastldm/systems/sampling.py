@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastldm.checks import described, is_count, is_fraction, is_number
-from fastldm.diffusion.guidance import Denoiser, Gradient, finite, gradient_guided
+from fastldm.checks import described, is_count, is_number
+from fastldm.diffusion.guidance import Denoiser, Gradient, finite, fraction, gradient_guided
 from fastldm.diffusion.samplers import DRAWING, SAMPLERS, Generators, NoiseLevels, check_generators, randn
 from fastldm.diffusion.scheduler_config import takes_karras
 from fastldm.diffusion.schedules import NoiseSchedule
@@ -80,15 +80,13 @@ def check_call(
 
     A pipeline's decorated `__call__` calls it, or the warnings name another line than the user's.
     """
-    if not is_number(guidance_scale):
-        raise InputError(f"guidance_scale={guidance_scale!r} must be a finite number, such as 2.0")
+    finite("guidance_scale", guidance_scale)
     if output_type not in OUTPUT_TYPES:
         raise InputError(f"output_type={output_type!r} is not offered; use one of {', '.join(OUTPUT_TYPES)}")
     if sampler not in SAMPLERS:
         raise InputError(f"sampler={sampler!r} is not offered; use one of {', '.join(SAMPLERS)}")
-    if not is_fraction(guidance_rescale):
-        raise InputError(f"guidance_rescale={guidance_rescale!r}: use a value between 0 and 1")
-    if not is_fraction(eta) or (eta and sampler != "ddim"):
+    fraction("guidance_rescale", guidance_rescale)
+    if fraction("eta", eta) and sampler != "ddim":
         raise InputError(
             f"eta={eta!r} with sampler {sampler!r}: it is 0 to 1 for 'ddim', and 0 for any other"
         )

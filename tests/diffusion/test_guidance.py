@@ -90,6 +90,15 @@ def test_rescale_is_the_peer_s(strength):
     torch.testing.assert_close(rescale_guidance(guided, conditional, strength), expected)
 
 
+def test_an_output_without_deviation_is_not_rescaled():
+    guided, conditional = torch.randn(2, 2, 3, 4, 4)
+    guided[0] = 0.25
+    found = rescale_guidance(guided, conditional, 0.7)
+    torch.testing.assert_close(found[0], guided[0])
+    torch.testing.assert_close(found[1:], rescale_guidance(guided[1:], conditional[1:], 0.7))
+    assert (found[1] - guided[1]).abs().max() > 1e-3
+
+
 def test_rescale_is_applied_to_the_guided_output():
     model, cond, null = Model(), conditions(), conditions()
     x, t = torch.randn(2, 3, 4, 4), torch.tensor([7, 8])

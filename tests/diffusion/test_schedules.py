@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -168,6 +169,10 @@ def test_a_config_of_2022_loads():
         ({"num_train_timesteps": 0}, "at least one step"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start <= beta_end"),
         ({"trained_betas": [0.1], "num_train_timesteps": 2}, "trained_betas has 1 values"),
+        ({"trained_betas": [0.1, math.nan], "num_train_timesteps": 2}, "trained_betas has values that are"),
+        ({"trained_betas": [0.1, 1.5], "num_train_timesteps": 2}, "give numbers from 0 to 1"),
+        ({"trained_betas": [-0.1, 0.5], "num_train_timesteps": 2}, "give numbers from 0 to 1"),
+        ({"clip_sample": True, "clip_sample_range": -1.0}, "clip_sample_range=-1.0: use a number above 0"),
         ({"rescale_betas_zero_snr": True}, "zero SNR"),
     ],
 )

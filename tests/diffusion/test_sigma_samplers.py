@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -187,6 +188,45 @@ def test_every_step_on_timesteps_of_training_is_the_peer_s(sampler, kind, spacin
     assert len(ours) == len(expected) == count
     for i, ((out, _), theirs) in enumerate(zip(ours, expected)):
         near(out, theirs, f"step {i}")
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("karras", [False, True], ids=["plain", "karras"])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "unipc"])
+def test_every_step_from_a_predicted_sample_is_the_peer_s(sampler, karras, spacing):
+    """Of those peers that take one."""
+    fields = {**STABLE_DIFFUSION, "prediction_type": "sample", "timestep_spacing": spacing}
+    peer = PEERS[sampler](**fields, use_karras_sigmas=karras)
+    peer.set_timesteps(6)
+    x, schedule = torch.randn(2, 3, 4, 4), NoiseSchedule(**fields)
+    expected = peer_steps(sampler, peer, x, denoiser=toy("sample"))
+    levels = noise_levels(schedule, sampler, 6, karras=karras)
+    ours = record(sampler, x, schedule, levels, denoiser=toy("sample"))
+    assert len(ours) == len(expected) == 6
+    for i, ((out, _), theirs) in enumerate(zip(ours, expected)):
+        near(out, theirs, f"step {i}")
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", [sampler for sampler in SAMPLERS if sampler != "plms"])
+def test_what_is_predicted_changes_no_walk(sampler, spacing, learned):
+    """But for PLMS, which combines predictions as they are."""
+    walks = []
+    for kind in ("epsilon", "sample", "v_prediction"):
+        variance = {"variance_type": "learned_range"} if learned else {}
+        fields = {**STABLE_DIFFUSION, "timestep_spacing": spacing, "prediction_type": kind, **variance}
+        schedule, predicted = NoiseSchedule(**fields), toy(kind)
+
+        def denoiser(x, t, predicted=predicted):
+            return torch.cat([predicted(x, t), x.cos()], dim=1) if learned else predicted(x, t)
+
+        x = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        levels = noise_levels(schedule, sampler, 4)
+        noise = torch.Generator().manual_seed(2) if sampler in DRAWING else None
+        walks.append(record(sampler, x, schedule, levels, noise, denoiser)[-1][0])
+    near(walks[1], walks[0], "sample")
+    near(walks[2], walks[0], "v_prediction")
 
 
 @pytest.mark.parametrize("count", [2, 10, 20])
@@ -382,6 +422,19 @@ def test_fractional_timesteps_reach_the_denoiser():
         (torch.int64, [600] * 2),
         (torch.int64, [20] * 2),
     ]
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_whole_timesteps_of_numpy_and_torch_are_whole(sampler):
+    schedule, got = NoiseSchedule(**STABLE_DIFFUSION), []
+
+    def spy(x, t):
+        got.append(t.dtype)
+        return x
+
+    for timesteps in (np.array([600, 20]), [torch.tensor(600), np.int32(20)], torch.tensor([600, 20])):
+        SAMPLERS[sampler](spy, torch.randn(2, 3), schedule, timesteps)
+    assert set(got) == {torch.int64}
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -361,7 +362,13 @@ def test_saved_files_have_the_permissions_of_ordinary_files(tmp_path):
 def test_fields_of_another_type_or_name_are_said_before_the_network_is_built(fields, said):
     class Tiny(Model):
         @configurable
-        def __init__(self, width: int = 4, rate: float | None = 0.5, sizes: Sequence[int] = (1, 2)) -> None:
+        def __init__(
+            self,
+            width: int = 4,
+            rate: float | None = 0.5,
+            sizes: Sequence[int] = (1, 2),
+            kinds: Sequence[str] = ("a",),
+        ) -> None:
             super().__init__()
             assert isinstance(width, int)
 
@@ -372,6 +379,8 @@ def test_fields_of_another_type_or_name_are_said_before_the_network_is_built(fie
     for sizes in ("12", 3, [1, "2"]):
         with pytest.raises(ConfigError, match="sizes takes a list of int"):
             Tiny(sizes=sizes)
+    with pytest.raises(ConfigError, match="kinds takes a list of str, got 'DownBlock2D'"):
+        Tiny(kinds="DownBlock2D")
     assert Tiny(width=2, rate=1, sizes=[3]).config.rate == 1
     assert Tiny(rate=None).config.rate is None
 
@@ -396,3 +405,38 @@ def test_names_have_the_article_they_are_said_with(name, said):
 def test_the_name_of_a_model_is_not_empty():
     with pytest.raises(CheckpointError, match="the name of the model is empty"):
         Small.from_pretrained("")
+
+
+class Listed(Sequence):
+    """A sequence that is neither list nor tuple, as configuration libraries have them."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def __getitem__(self, index):
+        return self.values[index]
+
+    def __len__(self):
+        return len(self.values)
+
+
+@pytest.mark.parametrize("widths", [(np.int32(1), torch.tensor(2).item()), Listed(np.int64(1), 2)])
+def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path, widths):
+    Small(np.int64(5), widths=widths).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "_class_name": "Small",
+        "width": 5,
+        "widths": [1, 2],
+        "bias": True,
+    }
+    assert Small.from_pretrained(tmp_path).config.widths == [1, 2]
+
+
+def test_what_json_does_not_hold_is_refused_and_the_old_file_stays(tmp_path):
+    file = tmp_path / "file.json"
+    io.write_json(file, {"a": np.float32(0.5), "b": torch.tensor(2), "c": Config({"d": np.arange(2)})})
+    assert json.loads(file.read_text()) == {"a": 0.5, "b": 2, "c": {"d": [0, 1]}}
+    with pytest.raises(TypeError, match="JSON holds no set"):
+        io.write_json(file, {"a": {1}})
+    assert json.loads(file.read_text())["a"] == 0.5
+    assert os.listdir(tmp_path) == ["file.json"]

@@ -64,10 +64,17 @@ def test_probabilities_are_the_model_s(guide):
 def test_labels_are_numbers_or_names(guide):
     x, t = torch.randn(2, *SHAPE), torch.tensor([3, 3])
     wanted = guide.gradient([1, 2])(x, t)
-    for labels in (["blue star", "green square"], torch.tensor([1, 2]), ("blue star", 2)):
+    for labels in (
+        ["blue star", "green square"],
+        torch.tensor([1, 2]),
+        ("blue star", 2),
+        np.array([1, 2], np.uint8),
+        [np.int64(1), np.str_("green square")],
+    ):
         assert torch.equal(guide.gradient(labels)(x, t), wanted)
     assert torch.equal(guide.gradient("blue star")(x, t)[0], wanted[0])
-    for wrong in (3, -1, "star", 1.0, True, [0, None], torch.tensor([0.5])):
+    assert torch.equal(guide.gradient(np.int32(1))(x, t)[0], wanted[0])
+    for wrong in (3, -1, "star", 1.0, True, [0, None], torch.tensor([0.5]), np.bool_(True), np.float64(1)):
         with pytest.raises(InputError, match=r"is no class; give 0 to 2, or a name \(red circle, "):
             guide.gradient(wrong)
 
@@ -125,7 +132,8 @@ def test_a_timestep_is_one_of_the_schedule(guide, timestep):
     x = torch.zeros(2, *SHAPE)
     with pytest.raises(InputError, match=r"timestep.* 0 \(no noise\) to 39, one or one per sample"):
         guide.classify(x, timestep)
-    assert torch.equal(guide.classify(x, [39, 39]), guide.classify(x, 39))
+    for fits in ([39, 39], np.array([39, 39]), np.int16(39), torch.tensor(39)):
+        assert torch.equal(guide.classify(x, fits), guide.classify(x, 39))
 
 
 @pytest.mark.parametrize(

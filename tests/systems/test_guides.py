@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -154,6 +155,7 @@ def test_a_guide_of_something_else_is_refused_before_sampling(pipeline):
         (guide(pipe, latents=Latents(1.001 * pipe.scaling_factor)), "another first stage"),
         (guide(pipe, schedule=cosine), "another schedule"),
         (guide(pipe, schedule=NoiseSchedule.scaled_linear(500)), "another schedule"),
+        (guide(pipe, schedule=NoiseSchedule.scaled_linear(beta_end=0.01201)), "another schedule"),
         (guide(pipe, (0, 1)), "2 captions or labels for 1 prompts"),
         (guide(pipe, ()), "0 captions or labels"),
     ]
@@ -279,6 +281,37 @@ def test_a_guide_of_another_first_stage_is_refused(pipeline, kind):
     assert steps == []
 
 
+@pytest.mark.parametrize(("change", "same"), [(0.02, True), (0.15, False)])
+def test_a_first_stage_that_was_trained_on_a_little_is_the_same(pipeline, change, same):
+    """A few percent of the latents, as of the fingerprint, are less than the noise that a guide reads."""
+    torch.manual_seed(0)
+    stage = pipeline(first_stage="kl").first_stage
+    known = Latents(1.0, None, fingerprint(stage))
+    pictures = torch.rand(8, 3, 32, 32, generator=seeds(0)[0]) * 2 - 1
+    with torch.no_grad():
+        before = stage.encode(pictures).latent_dist.mean
+        for parameter in stage.parameters():
+            noise = torch.randn(parameter.shape, generator=seeds(parameter.numel())[0])
+            parameter.add_(change * parameter.abs().mean() * noise)
+        after = stage.encode(pictures).latent_dist.mean
+    assert ((before - after).norm() < 0.1 * before.norm()) == same
+    if same:
+        known.check(stage)
+    else:
+        with pytest.raises(InputError, match="latents of another first stage"):
+            known.check(stage)
+
+
+def test_a_first_stage_of_other_channels_first_is_another(pipeline):
+    """Such as one of BGR: the picture of the fingerprint has a colour."""
+    stage = pipeline().first_stage
+    known = Latents(1.0, None, fingerprint(stage))
+    with torch.no_grad():
+        stage.encoder.conv_in.weight.copy_(stage.encoder.conv_in.weight.flip(1))
+    with pytest.raises(InputError, match="latents of another first stage"):
+        known.check(stage)
+
+
 def test_a_fingerprint_of_another_length_is_another_first_stage(pipeline):
     pipe = pipeline()
     with pytest.raises(InputError, match="latents of another first stage"):
@@ -301,3 +334,10 @@ def test_the_fingerprint_is_kept_in_the_folder(pipeline, tmp_path):
     (tmp_path / "latents.json").write_text('{"scaling_factor": 1.0, "fingerprint": "abc"}')
     with pytest.raises(CheckpointError, match="must hold a list of numbers as its fingerprint"):
         read_latents(tmp_path)
+
+
+def test_a_guide_s_numbers_of_numpy_are_kept(tmp_path):
+    schedule = NoiseSchedule.linear(np.int64(50), trained_betas=np.linspace(0.01, 0.1, 50, dtype=np.float32))
+    GuideSpace(SHAPE, Latents(np.float32(0.5)), schedule).save(tmp_path)
+    assert read_latents(tmp_path) == Latents(0.5)
+    assert torch.equal(read_schedule(tmp_path).alphas_cumprod, schedule.alphas_cumprod)

@@ -83,6 +83,24 @@ def test_a_callback_gives_latents_or_nothing(pipe, given, said):
         assert torch.equal(found, plain)
 
 
+def test_numbers_may_be_of_numpy_or_torch(pipe):
+    def pictures(number, whole):
+        options = {
+            "guidance_scale": number(3.0),
+            "eta": number(0.5),
+            "gradient_scale": number(2.0),
+            "num_inference_steps": whole(2),
+            "num_images_per_prompt": whole(2),
+        }
+        noise = torch.Generator().manual_seed(0)
+        call = {**CALL, **options, "sampler": "ddim", "gradient": lambda x, t: x.sin()}
+        return pipe(np.str_("a star"), generator=noise, **call).images
+
+    wanted = pictures(float, int)
+    for number, whole in ((np.float32, np.int64), (torch.tensor, np.int32), (np.array, int)):
+        assert torch.equal(pictures(number, whole), wanted)
+
+
 def test_what_has_no_effect_is_said_at_the_user_s_line(pipe):
     def said(**options):
         with warnings.catch_warnings(record=True) as caught:
@@ -145,6 +163,32 @@ def test_pictures_have_pixels(inpainter, given, said):
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=f"low_res.*{said}"):
         inpainter.upsample(PROMPTS, given, upsampler_steps=2, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_pictures_and_masks_have_8_bits(inpainter, dtype):
+    """PIL would make those of more white all over, and a mask of floats black."""
+    deep = Image.fromarray(np.ones((16, 16), dtype))
+    known, mask = torch.zeros(1, 3, 16, 16), torch.zeros(16, 16)
+    for image, paint, name in ((deep, mask, "image"), (known, deep, "mask")):
+        with pytest.raises(InputError, match=rf"{name}: a picture of mode {deep.mode} .* RGB or L"):
+            inpainter.inpaint("a star", image, paint, **CALL)
+    with pytest.raises(InputError, match=f"low_res: a picture of mode {deep.mode}"):
+        inpainter.upsample(PROMPTS[0], deep, upsampler_steps=2, progress=False)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_a_mask_of_any_mode_is_white_from_the_middle_on(inpainter, mode):
+    grey = np.repeat(np.uint8([[0, 127, 128, 255]]), 16, axis=0).repeat(4, axis=1)
+    picture = Image.fromarray(np.where(grey < 128, 0, 255).astype(np.uint8) if mode in "1P" else grey)
+    noise = [torch.Generator().manual_seed(0) for _ in range(2)]
+    image, white = torch.zeros(1, 3, 16, 16), torch.zeros(16, 16)
+    white[:, 8:] = 1
+    found, wanted = (
+        inpainter.inpaint("a star", image, mask, generator=g, **CALL).images
+        for mask, g in zip((picture.convert(mode), white), noise)
+    )
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("steps", [0, "ten", True, 2.5, 2000])

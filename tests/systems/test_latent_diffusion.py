@@ -274,7 +274,7 @@ def test_scale_from_batch_brings_latents_to_unit_deviation():
         ({"guidance_rescale": 2.0}, "between 0 and 1"),
         ({"negative_prompt": ["red", "circle"]}, "one per prompt"),
         ({"num_images_per_prompt": 0}, "whole number from 1"),
-        ({"eta": 1.5}, "eta=1.5 .*it is 0 to 1"),
+        ({"eta": 1.5}, "eta=1.5: use a value between 0 and 1"),
         ({"eta": 0.5, "sampler": "ddpm"}, "0 for any other"),
         ({"sampler": "plmz"}, "ddim, ddpm, plms"),
         ({"sampler": "plms", "karras": True}, "karras=True with sampler 'plms'"),

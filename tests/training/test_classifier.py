@@ -118,6 +118,12 @@ def test_the_loss_is_the_cross_entropy_of_the_noised_pictures(classifier_config)
     assert logs["accuracy_low_noise"].item() == pytest.approx(right[t < 10].mean().item())
     assert logs["accuracy_high_noise"].item() == pytest.approx(right[t >= 10].mean().item())
     assert len({round(value.item(), 6) for value in logs.values()}) == 3
+    # A batch without a picture of low noise, or of high: the accuracy of all stands for it.
+    one = {"x": batch["image"][:1], "label": batch["label"][:1]}
+    for seed in range(4):
+        with torch.no_grad():
+            _, logs = task.module(one, step=0, generator=generator(seed))
+        assert len({value.item() for value in logs.values()}) == 1
 
 
 @pytest.mark.parametrize("stage", [None, "kl"])

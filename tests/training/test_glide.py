@@ -115,6 +115,7 @@ def test_the_loss_is_the_hybrid_one_of_what_the_network_says(glide_config):
     for overrides, loss in (
         ((), hybrid_loss),
         (("schedule.variance_type=fixed_small",), simple_loss),
+        (("unet.xf_padding=false",), hybrid_loss),
         (UPSAMPLER, hybrid_loss),
     ):
         task = GlideTask(glide_config("condition_dropout=0", *overrides))
@@ -129,7 +130,8 @@ def test_the_loss_is_the_hybrid_one_of_what_the_network_says(glide_config):
         tokens, mask = batch["text"].unbind(1)
         low_res = F.avg_pool2d(batch["image"], 2) if overrides == UPSAMPLER else None
         with torch.no_grad():
-            output = task.module.unet(x, t, tokens, mask.bool(), low_res=low_res).sample
+            mask = mask.bool() if task.module.unet.config.xf_padding else None
+            output = task.module.unet(x, t, tokens, mask, low_res=low_res).sample
         wanted = loss(output, batch["image"], noise, t, task.stage.schedule).mean()
         assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
         assert output.shape[1] == (6 if loss is hybrid_loss else 3)

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastldm.checks import is_fraction
-from fastldm.diffusion.guidance import Denoiser, Gradient, finite
+from fastldm.diffusion.guidance import Denoiser, Gradient, finite, fraction
 from fastldm.diffusion.predictions import to_eps, to_x0
 from fastldm.diffusion.samplers.walk import (
     Callback,
@@ -147,9 +146,9 @@ def sample_ddim(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Walk x (B, ...) from pure noise to the sample by DDIM; at eta 0 nothing is drawn."""
-    if not is_fraction(eta):
-        raise InputError(f"eta={eta!r}: use a value between 0 (DDIM) and 1 (as random as DDPM)")
+    """Walk x (B, ...) from pure noise to the sample by DDIM; at eta 0 nothing is drawn, at 1 as much as by
+    DDPM."""
+    eta = fraction("eta", eta)
     steps = whole_timesteps(timesteps, schedule)
 
     def step(i: int, x: Tensor) -> SamplerStep:

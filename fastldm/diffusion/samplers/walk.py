@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -162,7 +163,7 @@ def bound(x0: Tensor, schedule: NoiseSchedule) -> Tensor:
 
 def _number(t: float | Tensor) -> float:
     value = t.item() if isinstance(t, Tensor) else t
-    return value if isinstance(value, int) else float(value)
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _shown(values: Sequence[float]) -> str:
