@@ -128,7 +128,7 @@ SHAPES = {
     "short": AttentionShape(2, 2, 140, 77, 40),
     "short-128": AttentionShape(2, 2, 70, 110, 64),
     "widest": AttentionShape(2, 1, 70, 70, 256),
-    "wide": AttentionShape(2, 1, 70, 150, 512),
+    "wide": AttentionShape(2, 1, 70, 159, 512),
 }
 SHAPES_BACKWARD = {
     "32 keys a warp": AttentionShape(2, 2, 140, 150, 40),
