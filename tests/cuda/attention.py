@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -37,19 +38,28 @@ def unwritten_like(x):
     return torch.empty_like(x).fill_(torch.nan)
 
 
+@contextlib.contextmanager
+def working_memory(shim, plan, sizes, capability):
+    """NaN, as many floats as the plan asks for; what lies behind them must not be written."""
+    floats = integers(0)
+    shim(plan, sizes, capability, floats)
+    memory = torch.full((int(floats) + 256,), torch.nan)
+    behind = memory[int(floats) :].fill_(7.0)
+    yield memory
+    assert (behind == 7.0).all(), f"more was written than {plan} asked for"
+
+
 def forward(shim, q, k, v, mask=None, *, is_causal=False, scale=None, capability=80, need_lse=True, seed=0):
     """out and lse of the kernel that a GPU of this capability would run."""
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     out = unwritten_like(q)
     lse = torch.full(q.shape[:3], torch.nan) if need_lse else None
     sizes, strides = described(q, k, mask, is_causal, q, k, v, out)
-    floats = integers(0)
-    shim("forward_workspace", sizes, capability, floats)
-    workspace = torch.full((int(floats),), torch.nan)
-    shim(
-        "forward", sizes, scale, mask, strides, q, k, v, out, lse, workspace, DTYPES.index(q.dtype),
-        capability, seed=seed,
-    )  # fmt: skip
+    with working_memory(shim, "forward_workspace", sizes, capability) as workspace:
+        shim(
+            "forward", sizes, scale, mask, strides, q, k, v, out, lse, workspace, DTYPES.index(q.dtype),
+            capability, seed=seed,
+        )  # fmt: skip
     return out, lse
 
 
@@ -81,13 +91,11 @@ def backward(shim, grad, q, k, v, out, lse, mask=None, *, is_causal=False, scale
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     results = tuple(map(unwritten_like, (q, k, v)))
     sizes, strides = described(q, k, mask, is_causal, grad, q, k, v, out, *results)
-    floats = integers(0)
-    shim("backward_workspace", sizes, capability, floats)
-    workspace = torch.full((int(floats),), torch.nan)
-    shim(
-        "backward", sizes, scale, mask, strides, grad, q, k, v, out, lse, *results, workspace,
-        DTYPES.index(q.dtype), capability, seed=seed,
-    )  # fmt: skip
+    with working_memory(shim, "backward_workspace", sizes, capability) as workspace:
+        shim(
+            "backward", sizes, scale, mask, strides, grad, q, k, v, out, lse, *results, workspace,
+            DTYPES.index(q.dtype), capability, seed=seed,
+        )  # fmt: skip
     return results
 
 
@@ -113,20 +121,21 @@ def check_backward(shim, shape, dtype, *, mask=None, layout="contiguous", inputs
     return results
 
 
-# A shape for each kernel, over several of its tiles: of the forward; of the backward, the last with chunks.
+# A shape for each kernel, over several of its tiles: of the forward; of the backward, some with chunks.
+# Numbers of queries in chunks are no multiples of 4.
 SHAPES = {
     "long": AttentionShape(2, 2, 140, 150, 40),
     "short": AttentionShape(2, 2, 140, 77, 40),
     "short-128": AttentionShape(2, 2, 70, 110, 64),
     "widest": AttentionShape(2, 1, 70, 70, 256),
-    "wide": AttentionShape(2, 1, 70, 150, 512),
+    "wide": AttentionShape(2, 1, 70, 159, 512),
 }
 SHAPES_BACKWARD = {
     "32 keys a warp": AttentionShape(2, 2, 140, 150, 40),
     "16 queries at once": AttentionShape(2, 1, 70, 140, 64),
     "held": AttentionShape(2, 1, 140, 140, 72),
     "two parts": AttentionShape(2, 1, 70, 70, 256),
-    "chunks": AttentionShape(2, 1, 600, 77, 40),
-    "chunks of two parts": AttentionShape(1, 1, 260, 20, 256),
+    "chunks": AttentionShape(2, 1, 601, 77, 40),
+    "chunks of two parts": AttentionShape(1, 1, 259, 20, 256),
     "wide": AttentionShape(2, 1, 70, 75, 512),
 }

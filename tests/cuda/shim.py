@@ -83,18 +83,25 @@ def coverage_folder() -> Path:
 def load(driver: str) -> Shim:
     """Compiles `drivers/<driver>.cpp` unless it is there already from these sources."""
     folder = coverage_folder() / driver if counting() else cache_folder() / "shim"
-    return Shim(_compile(driver, folder, CSRC, ("-O1", "--coverage") if counting() else ("-O2",)))
+    # Lines are counted once: what is saved by compiling is more than what tests then take longer.
+    return Shim(_compile(driver, folder, CSRC, ("-O0", "--coverage") if counting() else ("-O2",)))
 
 
 def broken(driver: str, folder: Path, changes: Mapping[str, tuple[str, str]]) -> Shim:
-    """The driver with changes to the sources: {path in csrc: (what stands there once, what shall)}."""
+    """The driver with changes to the sources: {path in csrc: (what stands there once, what shall)}.
+
+    Raises ValueError where that does not stand there once; no AssertionError, for which tests of broken
+    kernels wait.
+    """
     sources = folder / "csrc"
     shutil.copytree(CSRC, sources)
     for name, (old, new) in changes.items():
         text = (sources / name).read_text()
-        assert text.count(old) == 1, f"{name} has {text.count(old)} times: {old}"
+        if text.count(old) != 1:
+            raise ValueError(f"{name} has {text.count(old)} times: {old}")
         (sources / name).write_text(text.replace(old, new))
-    return Shim(_compile(driver, folder, sources, ("-O0",)))
+    # A variable that is used no more is part of what is broken.
+    return Shim(_compile(driver, folder, sources, ("-O0", "-Wno-error")))
 
 
 def _compile(driver: str, folder: Path, sources: Path, flags: tuple[str, ...]) -> Path:
@@ -132,7 +139,8 @@ def _hash(about: tuple, paths: Iterable[Path]) -> str:
 
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
 def executable_lines(folder: Path) -> dict[str, dict[int, bool]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fastldm.kernels.common.target import KNOWN
 
+from fastldm import reference
 from fastldm.native.cuda import attention as cuda_attention
 from fastldm.testing import assert_as_accurate, plain_attention
 from fastldm.testing.inputs import ATTENTION_LAYOUTS, attention_inputs
@@ -27,11 +28,11 @@ from tests.cuda.attention import (
 )
 from tests.cuda.shim import ShimError
 
-# Each tile: head dims at and below it, few and many keys, both lengths that fill no tile.
+# Each tile: head dims at and below it, few and many keys, both lengths that fill no tile, keys that lack one.
 TILES = [
-    (8, 70), (32, 130), (40, 130), (40, 77), (40, 100), (48, 81), (56, 140), (64, 200), (64, 128), (64, 5),
-    (72, 150), (72, 77), (80, 129), (80, 80), (80, 90), (96, 70), (128, 100), (136, 140), (160, 130),
-    (160, 77), (160, 81), (256, 70),
+    (8, 70), (32, 127), (40, 191), (40, 77), (40, 100), (48, 81), (56, 140), (64, 191), (64, 128), (64, 5),
+    (72, 150), (72, 77), (80, 129), (80, 80), (80, 127), (96, 63), (128, 100), (136, 140), (160, 130),
+    (160, 77), (160, 81), (256, 63),
 ]  # fmt: skip
 
 
@@ -53,7 +54,8 @@ def test_backward_tiles(shim, head_dim, keys):
 def test_masks(shim, name, kind, is_causal):
     shape = SHAPES[name]
     mask = key_mask(shape, kind)
-    for capability in (80, 90):
+    # Of these only wide heads have another kernel on sm_90.
+    for capability in (80, 90) if name == "wide" else (80,):
         out, lse = check_forward(
             shim(FORWARD), shape, torch.float16, mask=mask, is_causal=is_causal, capability=capability
         )
@@ -145,6 +147,8 @@ def test_the_order_of_threads_shows_nowhere_backward(shim, name):
 @pytest.mark.parametrize("layout", [*ATTENTION_LAYOUTS[1:], "expanded", "gaps"])
 def test_layouts(shim, layout, name):
     shape = SHAPES[name]._replace(batch=2, heads=2, queries=40)
+    if name == "wide":
+        shape = shape._replace(keys=40)
     if layout in ATTENTION_LAYOUTS:
         inputs = attention_inputs(shape, torch.float16, layout=layout)
     else:
@@ -186,6 +190,21 @@ def test_without_log_sum_exp(shim):
         assert torch.equal(out, forward(shim(FORWARD), q, k, v)[0])
 
 
+def rounding_of_dq_and_dk(inputs, truth, attn_mask=None, is_causal=False, scale=None):
+    """What rounding out, dS and the results to float16 makes of dq and dk, twice: so much for float32."""
+    q, k, v, grad = [x.double() for x in inputs]
+    eye = torch.eye(k.shape[2], dtype=torch.float64).expand(*k.shape[:2], -1, -1)
+    weights = reference.attention(q, k, eye, attn_mask, is_causal=is_causal, scale=scale)[0]
+    factor = q.shape[-1] ** -0.5 if scale is None else abs(scale)
+    change = grad @ v.mT
+    slopes = weights * (change - (weights * change).sum(-1, keepdim=True))
+    of_delta = (grad * truth[0]).abs().sum(-1, keepdim=True)
+    half = torch.finfo(torch.float16)  # below the least normal number the steps are those of that number
+    off = factor * (slopes.abs() + weights * of_delta + half.smallest_normal)
+    sums = off @ k.abs(), off.mT @ q.abs()
+    return [half.eps * (x + exact.abs() + half.smallest_normal) for x, exact in zip(sums, truth[1:])]
+
+
 @pytest.mark.parametrize(("size", "head_dim"), [*itertools.product((300.0, 6e4), (40, 48, 80)), (6e4, 512)])
 def test_huge_scores(shim, size, head_dim):
     """Rows whose log-sum-exp has no bits left for exp(score - lse), beside ordinary ones."""
@@ -193,7 +212,10 @@ def test_huge_scores(shim, size, head_dim):
     inputs = q, k, v, grad = attention_inputs(shape, torch.float16)
     q[:, :, 5], q[:, :, 60] = size, size
     k[:, :, 30:40], k[:, :, :3] = size, size
-    for options in ({}, {"is_causal": True}, {"mask": key_mask(shape, "odd")}, {"scale": -1.0}):
+    scores = torch.rand(1, 1, 70, 70, generator=torch.Generator().manual_seed(5)) > 0.3
+    added = torch.zeros(1, 1, 70, 70).masked_fill(~scores, -torch.inf)
+    masks = [key_mask(shape, "odd"), scores, added.half(), added]
+    for options in ({}, {"is_causal": True}, {"scale": -1.0}, *({"mask": mask} for mask in masks)):
         arguments = {"attn_mask" if name == "mask" else name: value for name, value in options.items()}
         truth = gradients(plain_attention, [x.double() for x in inputs], **arguments)
         plain = gradients(plain_attention, [x.float() for x in inputs], **arguments)
@@ -201,12 +223,9 @@ def test_huge_scores(shim, size, head_dim):
         dq, dk, dv = backward(shim(BACKWARD), grad, q, k, v, out, lse, **options)
         assert_as_accurate(out, truth[0], plain[0].half(), "out", terms=140)
         assert_as_accurate(dv, truth[3], plain[3].half(), "dv", terms=140)
-        # Sums of 70 terms as large as |dS| size, where dS is rounded to float16.
-        bound = size * 70 * torch.finfo(torch.float16).eps * (grad.double() @ v.double().mT).abs().max()
-        for result, exact in ((dq, truth[1]), (dk, truth[2])):
-            finite = result.isfinite()
-            assert finite.all() or size > 1e4
-            assert (result.double() - exact)[finite].abs().max() <= bound * abs(options.get("scale", 1.0))
+        bounds = rounding_of_dq_and_dk(inputs, truth, **arguments)
+        for result, exact, bound in zip((dq, dk), truth[1:], bounds):
+            assert ((result.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("name", SHAPES)

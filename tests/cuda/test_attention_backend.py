@@ -76,11 +76,17 @@ def test_as_a_backend(backend, layout):
         assert_as_accurate(result, exact, plain, name, terms=90)
 
 
+@pytest.mark.parametrize("repeated", ["nothing", "queries", "heads"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_masks_of_other_dtypes_as_a_backend(backend, dtype):
-    """Are read in float32."""
+def test_masks_of_other_dtypes_as_a_backend(backend, dtype, repeated):
+    """Are read in float32, and never written out where they are expanded."""
     inputs = q, k, v, grad = attention_inputs(AttentionShape(1, 2, 20, 50, 40), torch.float16)
-    mask = torch.randn(1, 1, 20, 50, generator=torch.Generator().manual_seed(3)).to(dtype)
+    size = {"nothing": (1, 1, 20, 50), "queries": (1, 2, 1, 50), "heads": (1, 1, 20, 50)}[repeated]
+    mask = torch.randn(size, generator=torch.Generator().manual_seed(3)).to(dtype)
+    if repeated != "nothing":
+        mask = mask.expand(1, 2, 20, 50)
+    read = cuda_attention._readable_mask(mask, q)
+    assert (read.shape, read.dtype) == (size, torch.float32)
     out, lse = backend.forward(q, k, v, mask, False, None, True)
     results = out, *backend.backward(grad, q, k, v, out, lse, mask, False, None)
     truth = gradients(plain_attention, [x.double() for x in inputs], attn_mask=mask)

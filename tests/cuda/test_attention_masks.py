@@ -105,12 +105,14 @@ def test_scales(shim, name):
 
 
 @pytest.mark.parametrize("name", ["long", "short", "wide"])
-@pytest.mark.parametrize("lowest", [-1e9, torch.finfo(torch.float32).min])
-def test_rows_that_a_finite_mask_covers(shim, name, lowest):
+@pytest.mark.parametrize(
+    ("lowest", "mask_dtype"), [(-1e9, torch.bfloat16), (torch.finfo(torch.float32).min, torch.float32)]
+)
+def test_rows_that_a_finite_mask_covers(shim, name, lowest, mask_dtype):
     """Its float32 leaves no bit of the score: as in the reference, every such key weighs the same."""
     shape = SHAPES[name]._replace(batch=1, heads=2, queries=40)
     inputs = q, k, v, grad = attention_inputs(shape, torch.bfloat16)
-    mask = torch.zeros(1, 2, 40, shape.keys)
+    mask = torch.zeros(1, 2, 40, shape.keys, dtype=mask_dtype)
     mask[:, 0, :, 7:], mask[:, 1, ::2] = lowest, lowest
     out, lse = forward(shim(FORWARD), q, k, v, mask)
     results = out, *backward(shim(BACKWARD), grad, q, k, v, out, lse, mask)

@@ -288,3 +288,12 @@ def test_fibers_of_other_processors(broken_shim):
     shim = broken_shim("selftest", {"cuda/shim/fiber.h": (condition, "#if 1")})
     c, exact = matmul(shim, torch.float16, False, 64, 64, 32)
     assert (c - exact).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"), [("not there", "", ValueError), ("#pragma once", "#error", RuntimeError)]
+)
+def test_changes_that_make_no_kernel(broken_shim, old, new, error):
+    """Are no AssertionError, which tests of broken kernels take for a kernel that was seen."""
+    with pytest.raises(error):
+        broken_shim("vq_ema_update", {"cuda/vq_rows.cuh": (old, new)})

@@ -66,9 +66,15 @@ def _result_like(x: Tensor) -> Tensor:
 
 
 def _readable_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """`mask` if its elements are bool, float32 or of the dtype of `q`, else in float32."""
-    known = mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype)
-    return mask if known else mask.float()
+    """`mask` if its elements are bool, float32 or of the dtype of `q`, else in float32.
+
+    Dimensions along which that one repeats are then of size 1.
+    """
+    if mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype):
+        return mask
+    # A mask of keys may be expanded to all scores, which would be gigabytes.
+    repeated = tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride())
+    return mask[repeated].float()
 
 
 def _mask_kind(mask: Tensor | None) -> str:
