@@ -45,9 +45,27 @@ def as_pictures(name: str, given: Image.Image | Sequence[Image.Image]) -> list[I
     return list(pictures)
 
 
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """The picture in RGB; what is transparent stands on white."""
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*_PAPER, 255)), picture)
+    return picture.convert("RGB")
+
+
+def check_range(name: str, pictures: torch.Tensor) -> torch.Tensor:
+    """The float pictures if they can be in [-1, 1]: InputError for NaN, infinity, and for numbers from 2 on,
+    farther out than any resizing of such pictures takes them."""
+    largest = pictures.detach().abs().amax().item() if pictures.numel() else 0.0
+    if not largest < 2:
+        what = f"numbers up to {largest:.3g}" if math.isfinite(largest) else "NaN or infinity"
+        raise InputError(f"{name} hold {what}: give pictures in [-1, 1]")
+    return pictures
+
+
 def from_pil(pictures: Sequence[Image.Image], size: int) -> torch.Tensor:
-    """Pictures as RGB squares (bicubic), float32 (B, 3, size, size) in [-1, 1]."""
-    resized = [p.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for p in pictures]
+    """Pictures as RGB, squeezed or stretched to squares (bicubic), float32 (B, 3, size, size) in [-1, 1]."""
+    resized = [as_rgb(p).resize((size, size), Image.Resampling.BICUBIC) for p in pictures]
     pixels = torch.from_numpy(np.stack([np.asarray(p, np.float32) for p in resized]))
     return pixels.permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 

@@ -80,6 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"fastldm: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has a class of its own for the memory of GPUs alone.
+        words = str(error).lower()
+        full = isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words
+        if not full or os.environ.get("FASTLDM_TRACEBACK") == "1":
+            raise
+        print("fastldm: error: memory ran out; ask for fewer or smaller pictures at once", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -163,6 +163,8 @@ class Model(nn.Module):
         folder = weights.resolve_folder(path, subfolder, cls.config_name)
         config = weights.read_json(folder / cls.config_name)
         dtype = torch.float32 if torch_dtype is None else torch_dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ConfigError(f"torch_dtype={torch_dtype!r}: give a floating dtype, such as torch.float16")
         with weights.SkipInit():
             model = cls.from_config(config)
         source = weights.find_weights(folder, (cls.weights_name, cls.pickled_weights_name), variant)

@@ -28,6 +28,8 @@ def as_captions(
             raise InputError(
                 f"{name} must be a {noun} or a list of {noun}s, but its item {i} is {caption!r:.40}, not text"
             )
+        if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
+            raise InputError(f"{name}, item {i}, {caption!a:.40}, is no text in Unicode; write it in UTF-8")
     if len(captions) < at_least:
         raise InputError(f"there is no {name.removesuffix('s')}; give at least one")
     return list(captions)

@@ -23,7 +23,7 @@ from fastldm.models.captions import as_captions
 from fastldm.models.clip import CLIPModel, contrastive_loss, normalised
 from fastldm.models.clip_tokenizer import CLIPTokenizer
 from fastldm.models.weights import read_json, resolve_folder
-from fastldm.pictures import as_pictures
+from fastldm.pictures import as_pictures, as_rgb
 from fastldm.systems.guides import Guide, GuideSpace, Latents, read_latents, read_schedule
 
 # Of the pictures that OpenAI trained on, per channel of [0, 1].
@@ -118,8 +118,8 @@ class CLIPScorer:
         """
         if self.latents is not None and not isinstance(pictures, Tensor):
             raise InputError(
-                f"this CLIP takes latents {self.space.shape}, not pictures; give `pipeline.encode(pictures)` "
-                "of the pipeline that it was trained to guide"
+                f"this CLIP takes latents {self.space.shape}, not pictures; give those of the pipeline "
+                "that it was trained to guide: `pipeline.encode(fastldm.pictures.from_pil(pictures, size))`"
             )
         if isinstance(pictures, Tensor):
             if pictures.ndim != 4 or not len(pictures) or not pictures.is_floating_point():
@@ -283,7 +283,7 @@ class CLIPScorer:
 
 def _to_unit(picture: Image.Image, side: int) -> Tensor:
     """(3, side, side) in [0, 1]: the centre of the picture, its shorter side resized to `side`."""
-    picture = picture.convert("RGB")
+    picture = as_rgb(picture)
     width, height = picture.size
     short = min(width, height)
     size = (int(side * width / short), int(side * height / short))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastldm.models.adm_configs import GLIDE
 from fastldm.models.captions import as_captions
 from fastldm.models.glide import GlideUNet
 from fastldm.models.glide_tokenizer import GlideTokenizer
+from fastldm.pictures import check_range
 from fastldm.systems import folders
 from fastldm.systems.glide_stage import BASE_NOISE, FAST27, PUBLISHED_LOW_RES, UPSAMPLER_NOISE, GlideStage
 from fastldm.systems.guides import Guide, check_gradient
@@ -236,11 +238,17 @@ class GlidePipeline:
             check_gradient(gradient, shape, None, self.base.schedule, shape[0] // num_images_per_prompt)
         x = first_noise(shape, generator, latents, self.device)
         known = self._known(image, mask, len(prompts), num_images_per_prompt)
+        of_upsampler = {
+            "upsampler_steps": upsampler_steps,
+            "upsampler_temperature": upsampler_temperature,
+            "upsampler_sampler": upsampler_sampler,
+        }
+        for name, value in of_upsampler.items():
+            if value is not None and self.upsampler is None:
+                warnings.warn(f"{name} has no effect without an upsampler", stacklevel=3)
         enlarge = None
         if self.upsampler is not None:
-            enlarge = self._upsampling(
-                prompts, num_images_per_prompt, upsampler_steps, upsampler_temperature, upsampler_sampler
-            )
+            enlarge = self._upsampling(prompts, num_images_per_prompt, *of_upsampler.values())
 
         with evaluating(self.networks):
             texts, null = self._read(
@@ -281,8 +289,8 @@ class GlidePipeline:
         is the given picture outside the mask, exactly.
 
         Args:
-            image: PIL, one or one per prompt, made a square of the pipeline's `size`; or float (B, C, size,
-                size) in [-1, 1], B being 1 or the number of prompts.
+            image: PIL, one or one per prompt, squeezed or stretched to a square of the pipeline's `size`; or
+                float (B, C, size, size) in [-1, 1], B being 1 or the number of prompts.
             mask: where to paint, as in diffusers: white in a PIL image of any size, or True or 1 in a tensor
                 (H, W) or (B, 1, H, W), of the base's or the pipeline's size. The base paints every place of
                 which a part is masked.
@@ -291,6 +299,9 @@ class GlidePipeline:
         Raises:
             InputError: for anything that cannot be used, or a base that was not trained to inpaint.
         """
+        for name, given in (("image", image), ("mask", mask)):
+            if given is None:
+                raise InputError(f"there is no {name} to inpaint; without both, call the pipeline")
         return self(prompt, image=image, mask=mask, **options)
 
     @torch.no_grad()
@@ -335,6 +346,13 @@ class GlidePipeline:
                 f"low_res is {described(low_res)} for {len(prompts)} prompts: give float "
                 f"({wanted[0]}, {wanted[1]}, h, w) in [-1, 1]"
             )
+        side = self.upsampler.low_res
+        if side is not None and low_res.shape[2:] != (side, side):
+            raise InputError(
+                f"low_res is {described(low_res)}, but this upsampler was trained to enlarge {side}x{side} "
+                "pixels"
+            )
+        check_range("the pixels of low_res", low_res)
         enlarge = self._upsampling(prompts, 1, upsampler_steps, upsampler_temperature, upsampler_sampler)
         known = self._known(image, mask, len(prompts), 1)
         with evaluating(self.networks):
@@ -488,10 +506,12 @@ class GlidePipeline:
             raise ConfigError(f"the {lacking}; give the base first and the upsampler second")
         one, other = first.tokenizer, second.tokenizer
         if (one.vocab, one.merges, one.text_ctx) != (other.vocab, other.merges, other.text_ctx):
+            what = f"of {one.text_ctx} and {other.text_ctx} tokens per caption"
+            if one.text_ctx == other.text_ctx:
+                what = "which have learned from other captions"
             raise ConfigError(
-                f"the two were trained with different tokenizers, of {one.text_ctx} and {other.text_ctx} "
-                "tokens per caption; train the upsampler with `tokenizer` the tokenizer folder of the base, "
-                "and its `max_length`"
+                f"the two were trained with different tokenizers, {what}; train the upsampler with "
+                "`tokenizer` the tokenizer folder of the base, and its `max_length`"
             )
         of_second = ("upsampler_steps", "upsampler_temperature")
         return cls(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastldm.checks import described
 from fastldm.errors import InputError
-from fastldm.pictures import as_pictures, from_pil
+from fastldm.pictures import as_pictures, check_range, from_pil
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def read_known(image: Any, mask: Any, shape: tuple[int, int, int], sizes: Sequen
             f"image is {described(image)}: give float ({_one_or(count)}, {channels}, {size}, {size}) in "
             "[-1, 1], or PIL images"
         )
+    check_range("the pixels of the image", image)
     return Known(image.float(), ~_to_paint(mask, size, sizes, count))
 
 

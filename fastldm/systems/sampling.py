@@ -117,6 +117,8 @@ def first_noise(
         return randn(shape, generator, device=device)
     if not isinstance(latents, Tensor) or not latents.is_floating_point() or tuple(latents.shape) != shape:
         raise InputError(f"latents are {described(latents)}; this call needs a float tensor {shape}")
+    if not bool(latents.isfinite().all()):
+        raise InputError("latents hold NaN or infinity; give noise, such as torch.randn makes")
     return latents.to(device, torch.float32)
 
 
@@ -137,14 +139,14 @@ def walk_down(
     """From noise x to the sample by a sampler of `SAMPLERS`, guided by a gradient if there is one.
 
     It moves the mean of "ddpm" and the noise of the other samplers (Dhariwal and Nichol 2021, algorithms 1
-    and 2).
+    and 2). Warns of a sample that is not finite.
     """
     # DDPM has a mean to move; for any other sampler guidance is a change of the noise.
     gradient = None if gradient is None else _of_the_shape_of_x(gradient)
     by_mean = gradient is not None and sampler == "ddpm"
     if gradient is not None and not by_mean:
         denoiser = gradient_guided(denoiser, gradient, gradient_scale, schedule)
-    return SAMPLERS[sampler](
+    x = SAMPLERS[sampler](
         denoiser,
         x,
         schedule,
@@ -156,6 +158,14 @@ def walk_down(
         **({"eta": eta} if sampler == "ddim" else {}),
         **({"guidance": gradient, "guidance_scale": gradient_scale} if by_mean else {}),
     )
+    # In 8 bits they are black, or what a codebook makes of them.
+    if not bool(x.isfinite().all()):
+        warnings.warn(
+            "the samples hold NaN or infinity: look at the weights, the dtype (float16 ends at 65504) and the "
+            "gradient",
+            stacklevel=2,
+        )
+    return x
 
 
 def step_callback(

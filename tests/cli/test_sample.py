@@ -245,6 +245,9 @@ def test_the_backend_of_the_environment_is_used_unless_a_flag_names_another(samp
         (["--guidance-scale", "-3"], "-3 is not a guidance scale"),
         (["--backend", "tritton"], "backend tritton is not known; use one of: auto, reference"),
         (["--device", "abacus"], "--device abacus"),
+        (["--device", "meta"], "--device meta computes nothing"),
+        (["--guidance-scale", "abc"], "abc is not a guidance scale"),
+        (["--num-images", "9999999999999"], "memory ran out"),
         (["--negative-prompt", "a zebra"], "'zebra'"),
     ],
 )

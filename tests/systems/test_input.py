@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastldm.errors import InputError
+from fastldm.errors import FastLDMError, InputError
 from fastldm.systems import GlidePipeline
 from tests.systems.test_glide import PROMPTS, TOKENIZER, base_stage, upsampler_stage
 
@@ -40,6 +42,8 @@ def evaluations(pipe):
         ({"generator": [3]}, "generator: int is none"),
         ({"latents": np.zeros((1, 4, 8, 8))}, r"latents are ndarray of float64 .* needs a float tensor \(1,"),
         ({"latents": torch.zeros(1, 4, 8, 8).long()}, "latents are int64"),
+        ({"latents": "nan"}, "latents hold NaN or infinity"),
+        ({"prompt": "a \udcff circle"}, "prompt, item 0, 'a .*udcff circle', is no text in Unicode"),
         ({"num_images_per_prompt": "2"}, "num_images_per_prompt='2'"),
         ({"eta": "0"}, "eta='0'"),
         ({"guidance_scale": "2"}, "guidance_scale='2'"),
@@ -54,6 +58,10 @@ def evaluations(pipe):
 )
 def test_what_cannot_be_used_is_one_line_before_any_step(pipe, options, said):
     steps = evaluations(pipe)
+    if isinstance(options.get("latents"), str):
+        shape = pipe("a star", **CALL).images.shape
+        options = {"latents": torch.full(shape, torch.nan)}
+        steps.clear()
     with pytest.raises(InputError, match=said) as caught:
         pipe(**{"prompt": "a star", **CALL, **options})
     assert "\n" not in str(caught.value)
@@ -189,6 +197,62 @@ def test_a_mask_of_any_mode_is_white_from_the_middle_on(inpainter, mode):
         for mask, g in zip((picture.convert(mode), white), noise)
     )
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(("value", "said"), [(math.nan, "NaN or infinity"), (255.0, "numbers up to 255")])
+def test_pixels_are_in_their_range(inpainter, value, said):
+    given = torch.zeros(1, 3, 16, 16)
+    given[0, 1, 2, 3] = value
+    with pytest.raises(InputError, match=rf"the pixels of the image hold {said}: give pictures in \[-1, 1\]"):
+        inpainter.inpaint("a star", given, torch.zeros(16, 16), **CALL)
+    with pytest.raises(InputError, match=f"the pixels of low_res hold {said}"):
+        inpainter.upsample("a star", given[..., :8, :8], upsampler_steps=2, progress=False)
+
+
+def test_what_is_transparent_stands_on_white(inpainter):
+    clear, white = (Image.new("RGBA", (16, 16), colour) for colour in ((9, 9, 9, 0), (255, 255, 255, 255)))
+    found, wanted = (
+        inpainter.inpaint("a star", picture, torch.zeros(16, 16), **CALL).images for picture in (clear, white)
+    )
+    assert torch.equal(found, wanted)
+    assert found.min() == 1
+
+
+def test_inpainting_wants_a_picture_and_a_mask(inpainter):
+    for image, mask, name in ((None, None, "image"), (torch.zeros(1, 3, 16, 16), None, "mask")):
+        with pytest.raises(InputError, match=f"there is no {name} to inpaint"):
+            inpainter.inpaint("a star", image, mask, **CALL)
+
+
+def test_small_pictures_are_of_the_size_that_an_upsampler_was_trained_on():
+    stage = replace(upsampler_stage(), low_res=8)
+    upsampler = GlidePipeline(TOKENIZER, None, stage)
+    with pytest.raises(InputError, match=r"\(1, 3, 4, 8\), but .* trained to enlarge 8x8 pixels"):
+        upsampler.upsample("a star", torch.zeros(1, 3, 4, 8), upsampler_steps=2, progress=False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_upsampler_that_is_not_there_is_not_told(pipe):
+    if isinstance(pipe, GlidePipeline):
+        for name, value in (("steps", 3), ("temperature", 0.5), ("sampler", "ddim")):
+            with pytest.warns(
+                UserWarning, match=f"upsampler_{name} has no effect without an upsampler"
+            ) as caught:
+                pipe("a star", **CALL, **{f"upsampler_{name}": value})
+            assert caught[0].filename == __file__
+
+
+def test_samples_of_nan_are_said(pipe):
+    call = {**CALL, "output_type": "pil", "gradient": lambda x, t: x * math.nan}
+    with pytest.warns(UserWarning, match="the samples hold NaN or infinity"):
+        pipe("a star", **call)
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8])
+def test_a_dtype_that_is_none(pipe, dtype, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    with pytest.raises(FastLDMError, match=f"torch_dtype={dtype!r}: give a floating dtype"):
+        type(pipe).from_pretrained(tmp_path / "model", torch_dtype=dtype)
 
 
 @pytest.mark.parametrize("steps", [0, "ten", True, 2.5, 2000])

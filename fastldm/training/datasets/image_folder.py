@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 
 from fastldm.errors import InputError
 from fastldm.io import atomic_folder
-from fastldm.pictures import to_pil
+from fastldm.pictures import as_rgb, to_pil
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 METADATA = "metadata.jsonl"
@@ -188,12 +188,7 @@ def _check_header(path: Path, size: int) -> None:
 def _load(path: Path, size: int) -> Image.Image:
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                paper = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-                picture = Image.alpha_composite(paper, picture)
-            picture = picture.convert("RGB")
+            picture = as_rgb(ImageOps.exif_transpose(file))
     except _UNREADABLE as error:
         raise InputError(f"{path} cannot be read as a picture ({_one_line(error)})") from None
     return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
