@@ -161,8 +161,7 @@ def walk_down(
     # In 8 bits they are black, or what a codebook makes of them.
     if not bool(x.isfinite().all()):
         warnings.warn(
-            "the samples hold NaN or infinity: look at the weights, the dtype (float16 ends at 65504) and the "
-            "gradient",
+            "the samples hold NaN or infinity: look at weights, dtype (float16 ends at 65504) and gradient",
             stacklevel=2,
         )
     return x
