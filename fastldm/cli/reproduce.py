@@ -7,6 +7,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from fastldm.errors import InputError
+
 # Those of fastldm.reproduce, which is not imported for --help.
 CLAIMS = ["text-vs-class", "noised-clip", "cfg-vs-clip", "latent-vs-pixel"]
 
@@ -17,9 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        default="runs/claims",
         metavar="FOLDER",
-        help="where findings, plots, pictures and trained models go (default: %(default)s)",
+        help="where findings, plots, pictures and trained models go (default: runs/claims)",
     )
     parser.add_argument(
         "--shipped", action="store_true", help="show what was found on our machine, without training"
@@ -30,6 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
     from fastldm.reproduce import reproduce, shipped_finding, shipped_folder
     from fastldm.training.extras import require
 
+    if arguments.shipped and arguments.out is not None:
+        raise InputError("--out is for a run, and --shipped shows what is there; leave one out")
+    out = Path("runs/claims" if arguments.out is None else arguments.out)
     claims = CLAIMS if arguments.claim == "all" else [arguments.claim]
     if not arguments.shipped:
         for package in ("yaml", "accelerate", "tensorboard"):
@@ -39,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.shipped:
             finding = shipped_finding(claim)
         else:
-            finding = reproduce(claim, arguments.out, progress=sys.stderr.isatty())
+            finding = reproduce(claim, out, progress=sys.stderr.isatty())
         print(f"{claim}: {finding.statement}")
         print(textwrap.fill(finding.verdict, 100))
-        print(shipped_folder(claim) if arguments.shipped else (Path(arguments.out) / claim).resolve())
+        print(shipped_folder(claim) if arguments.shipped else (out / claim).resolve())

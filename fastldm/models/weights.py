@@ -53,7 +53,10 @@ def resolve_folder(path: str | os.PathLike, subfolder: str | None, config_name: 
         folder = _fetch(os.fspath(path), subfolder)
     folder = folder / subfolder if subfolder else folder
     if not (folder / config_name).is_file():
-        raise CheckpointError(f"{folder} holds no {config_name}; give the folder of a saved model")
+        # A run of `fastldm train` keeps its model in a folder below.
+        below = (folder / "model" / config_name).is_file()
+        advice = f"did you mean {folder / 'model'}?" if below else "give the folder of a saved model"
+        raise CheckpointError(f"{folder} holds no {config_name}; {advice}")
     return folder
 
 

@@ -139,6 +139,8 @@ def test_subfolder(saved):
     assert torch.equal(again.linear.weight, model.linear.weight)
     with pytest.raises(CheckpointError, match=r"holds no config\.json"):
         Small.from_pretrained(folder.parent, subfolder="unet")
+    with pytest.raises(CheckpointError, match=r"holds no config\.json; did you mean .*model\?"):
+        Small.from_pretrained(folder.parent)
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])

@@ -1,6 +1,7 @@
 """Every claim runs from its training to its files, with models that have hardly trained."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -96,4 +97,8 @@ def test_a_folder_with_other_models_is_refused(hardly_trained, tmp_path, monkeyp
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_the_shipped_findings_are_shown(claim, capsys):
     assert main(["reproduce", claim, "--shipped"]) == 0
-    assert claim in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert claim in said
+    folder = Path(said.splitlines()[-1])
+    assert all((folder / name).is_file() for name in ("finding.json", "plot.png", "pictures.png"))
+    assert main(["reproduce", claim, "--shipped", "--out", "elsewhere"]) == 2
