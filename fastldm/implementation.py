@@ -1,4 +1,4 @@
-"""What a backend hands to the dispatcher, and the one layout rule all of them keep."""
+"""What a backend hands to the dispatcher, the layout rule that all keep, and what several do to arguments."""
 
 from __future__ import annotations
 
@@ -49,3 +49,12 @@ def in_layout_of(result: Tensor, like: Tensor) -> Tensor:
         # Only dimensions of size 1 differ: the memory is already right.
         return result.as_strided(wanted.shape, wanted.stride())
     return wanted.copy_(result)
+
+
+def readable_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """An attention mask in a dtype that compiled kernels read: bool, float32 or `dtype`, that of the queries;
+    any other in float32, of size 1 along dimensions in which it repeats."""
+    if mask is None or mask.dtype in (torch.bool, torch.float32, dtype):
+        return mask
+    # A mask of keys may be expanded to all scores, which would be gigabytes.
+    return mask[tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride())].float()

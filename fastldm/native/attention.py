@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastldm.implementation import Implementation, in_layout_of
+from fastldm.implementation import Implementation, in_layout_of, readable_mask
 from fastldm.processor import mkl_is_slow
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,13 +44,6 @@ def _result_like(x: Tensor) -> Tensor:
     return result if result.stride(3) == 1 else x.new_empty(x.shape)
 
 
-def _readable(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """The mask in a dtype that the kernels read: bool, float32 or that of `q`."""
-    if mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype):
-        return mask
-    return mask.float()
-
-
 def implementation() -> Implementation:
     forward_kernel = torch.ops.fastldm_cpu.attention_forward.default
     backward_kernel = torch.ops.fastldm_cpu.attention_backward.default
@@ -62,7 +55,7 @@ def implementation() -> Implementation:
             _dense_last(q),
             _dense_last(k),
             _dense_last(v),
-            _readable(attn_mask, q),
+            readable_mask(attn_mask, q.dtype),
             is_causal,
             1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
             out,
@@ -79,7 +72,7 @@ def implementation() -> Implementation:
             _dense_last(v),
             _dense_last(out),
             lse,
-            _readable(attn_mask, q),
+            readable_mask(attn_mask, q.dtype),
             is_causal,
             1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
             *grads,

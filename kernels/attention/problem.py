@@ -87,7 +87,9 @@ def problem_of(
     q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Problem:
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, *_DTYPES):
-        attn_mask = attn_mask.float()  # float64, or 8 bits, which not every GPU can read
+        # float64, or 8 bits, which not every GPU can read. One that is expanded is not written out.
+        repeated = tuple(slice(1) if stride == 0 else slice(None) for stride in attn_mask.stride())
+        attn_mask = attn_mask[repeated].float()
     return Problem(
         *q.shape[:3],
         keys=k.shape[2],

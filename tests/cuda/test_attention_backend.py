@@ -9,6 +9,7 @@ import torch
 from fastldm.kernels.common.target import KNOWN, Target
 
 from fastldm import ops
+from fastldm.implementation import readable_mask
 from fastldm.native.cuda import attention as cuda_attention
 from fastldm.native.cuda import support
 from fastldm.testing import assert_as_accurate, plain_attention, poisoned_memory
@@ -85,7 +86,7 @@ def test_masks_of_other_dtypes_as_a_backend(backend, dtype, repeated):
     mask = torch.randn(size, generator=torch.Generator().manual_seed(3)).to(dtype)
     if repeated != "nothing":
         mask = mask.expand(1, 2, 20, 50)
-    read = cuda_attention._readable_mask(mask, q)
+    read = readable_mask(mask, q.dtype)
     assert (read.shape, read.dtype) == (size, torch.float32)
     out, lse = backend.forward(q, k, v, mask, False, None, True)
     results = out, *backend.backward(grad, q, k, v, out, lse, mask, False, None)

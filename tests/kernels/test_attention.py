@@ -135,6 +135,7 @@ def test_masks_of_any_strides(path, take):
         full[:, :1, :, :1],
         full[0, 0, 0, 0].expand(2, 2, 10, 20),
         full.double(),
+        full.double()[:1, :, :1].expand(2, 2, 10, 20),
         full.half(),
         full.bfloat16(),
         full.to(torch.float8_e5m2),
@@ -145,6 +146,14 @@ def test_masks_of_any_strides(path, take):
     )
     for mask in masks if path == "long" else masks[:3]:
         check(inputs, mask)
+
+
+def test_an_expanded_mask_of_another_dtype_is_not_written_out():
+    """Its 2^45 numbers would not fit."""
+    q = torch.zeros(1, 1, 1, 40).expand(1 << 10, 1 << 10, 1 << 20, 40)
+    mask = torch.zeros(1, 1, 1, 40, dtype=torch.float64).expand_as(q)
+    read = problem.problem_of(q, q[:, :, :40], mask, False, None).mask
+    assert (read.shape, read.dtype) == ((1, 1, 1, 40), torch.float32)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fastldm import dispatch, ops
 from fastldm.errors import UnsupportedError
+from fastldm.implementation import readable_mask
 from fastldm.ops.attention import HEAD_DIMS
 from fastldm.testing import assert_as_accurate, live_backends, plain_attention, poisoned_memory
 from fastldm.testing.inputs import ATTENTION_LAYOUTS, MASKS, attention_inputs, attention_mask
@@ -154,10 +155,22 @@ def test_masks_of_any_strides():
         full[:, :1, :, :1],
         full[0, 0, 0, 0].expand(2, 2, 30, 40),
         full.double(),
+        full.double()[:1, :, :1].expand(2, 2, 30, 40),
         full > 0.0,
         (full > 0.0)[:, :, :1, :1],
     ):
         check(inputs, mask)
+
+
+def test_an_expanded_mask_of_another_dtype_is_not_written_out():
+    """It is read in float32, and its 2^45 numbers would not fit."""
+    mask = torch.randn(1, 1, 1, 40, dtype=torch.float64).expand(1 << 10, 1 << 10, 1 << 20, 40)
+    read = readable_mask(mask, torch.float16)
+    assert (read.shape, read.dtype) == ((1, 1, 1, 40), torch.float32)
+    assert torch.equal(read.double(), mask[:1, :1, :1].float().double())
+    for dtype in (torch.bool, torch.float32, torch.float16):
+        kept = torch.zeros(1, 1, 1, 40, dtype=dtype)
+        assert readable_mask(kept, torch.float16) is kept
 
 
 def test_closed_keys_may_hold_the_largest_numbers():

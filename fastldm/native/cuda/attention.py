@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastldm.implementation import Implementation, in_layout_of
+from fastldm.implementation import Implementation, in_layout_of, readable_mask
 from fastldm.kernels.common.target import target_of
 from fastldm.native.cuda.support import refuse
 
@@ -65,18 +65,6 @@ def _result_like(x: Tensor) -> Tensor:
     return result if _readable(result) is result else x.new_empty(x.shape)
 
 
-def _readable_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """`mask` if its elements are bool, float32 or of the dtype of `q`, else in float32.
-
-    Dimensions along which that one repeats are then of size 1.
-    """
-    if mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype):
-        return mask
-    # A mask of keys may be expanded to all scores, which would be gigabytes.
-    repeated = tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride())
-    return mask[repeated].float()
-
-
 def _mask_kind(mask: Tensor | None) -> str:
     """ "none", "keys" (open or closed to all queries alike) or "scores"."""
     if mask is None:
@@ -111,7 +99,7 @@ def implementation() -> Implementation:
             _readable(q),
             _readable(k),
             _readable(v),
-            _readable_mask(attn_mask, q),
+            readable_mask(attn_mask, q.dtype),
             is_causal,
             1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
             out,
@@ -130,7 +118,7 @@ def implementation() -> Implementation:
             _readable(v),
             _readable(out),
             lse.contiguous(),
-            _readable_mask(attn_mask, q),
+            readable_mask(attn_mask, q.dtype),
             is_causal,
             1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
             *grads,
