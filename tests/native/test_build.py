@@ -170,6 +170,7 @@ def test_a_failing_compiler_leaves_nothing(empty_cache, tmp_path, monkeypatch):
 
 def test_no_compiler(empty_cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CUDACXX", "no-such-nvcc")
     with pytest.raises(BuildError, match="CXX=no-such-compiler is not a C"):
         build.build()
     refused = python("-m", "fastldm", "build")

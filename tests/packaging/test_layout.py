@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from fastldm.native import build_cuda
+
 ROOT = Path(__file__).resolve().parents[2]
 SITE = sysconfig.get_paths()["purelib"]
 PARTS = ["fastldm", "kernels", "csrc"]
@@ -90,13 +92,15 @@ def test_wheel(checkout, hf_kernels, tmp_path):
 
 def test_wheel_with_the_extension(checkout, tmp_path, monkeypatch):
     """One wheel for every Python 3 of the platform; the next wheel of the same folder is pure again."""
+    cuda = build_cuda.torch_cuda_version()
     compiler = tmp_path / "fake-c++"
     compiler.write_text(
-        '#!/bin/sh\nif [ "$1" = --version ]; then echo fake; fi\n'
+        f'#!/bin/sh\nif [ "$1" = --version ]; then echo fake, release {cuda}, V{cuda}.0; fi\n'
         'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then echo built > "$2"; fi; shift; done\n'
     )
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    for name in ("CXX", "CUDACXX"):
+        monkeypatch.setenv(name, str(compiler))
     command = ("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "dist"), ".")
     monkeypatch.setenv("FASTLDM_BUILD", "1")
     pip(*command, cwd=checkout)
@@ -106,7 +110,9 @@ def test_wheel_with_the_extension(checkout, tmp_path, monkeypatch):
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     find = "from fastldm.native.build import find_binary; print(find_binary())"
     found = run(sys.executable, find, tmp_path / "installed", SITE, cwd=tmp_path)
-    assert Path(found).parent == tmp_path / "installed" / "fastldm" / "native"
+    native = tmp_path / "installed" / "fastldm" / "native"
+    assert Path(found).parent == native
+    assert len(list(native.glob("fastldm_cuda-*.so"))) == (cuda is not None)
 
     wheel.unlink()
     monkeypatch.delenv("FASTLDM_BUILD")
