@@ -235,20 +235,20 @@ class GlidePipeline:
         count = len(prompts) * num_images_per_prompt
         shape = (count, *self.base.shape)
         if gradient is not None:
-            check_gradient(gradient, shape, None, self.base.schedule, shape[0] // num_images_per_prompt)
+            check_gradient(gradient, shape, None, self.base.schedule, len(prompts))
         x = first_noise(shape, generator, latents, self.device)
         known = self._known(image, mask, len(prompts), num_images_per_prompt)
         of_upsampler = {
-            "upsampler_steps": upsampler_steps,
-            "upsampler_temperature": upsampler_temperature,
-            "upsampler_sampler": upsampler_sampler,
+            "steps": upsampler_steps,
+            "temperature": upsampler_temperature,
+            "sampler": upsampler_sampler,
         }
-        for name, value in of_upsampler.items():
-            if value is not None and self.upsampler is None:
-                warnings.warn(f"{name} has no effect without an upsampler", stacklevel=3)
-        enlarge = None
         if self.upsampler is not None:
-            enlarge = self._upsampling(prompts, num_images_per_prompt, *of_upsampler.values())
+            enlarge = self._upsampling(prompts, num_images_per_prompt, **of_upsampler)
+        else:
+            enlarge = None
+            for name in (name for name, value in of_upsampler.items() if value is not None):
+                warnings.warn(f"upsampler_{name} has no effect without an upsampler", stacklevel=3)
 
         with evaluating(self.networks):
             texts, null = self._read(
