@@ -21,27 +21,28 @@ void backward_dim_switch(std::int64_t dim, const Body& body) {
   dim_switch<32, 40, 64, 72, 80, 96, 128, 160, 256>(dim, body);
 }
 
-// Parts of the queries: while blocks of keys are fewer than two a multiprocessor, of 128 queries or more.
+// As many parts as wanted, of 128 rows or more each, and one at least.
+inline int parts_of(std::int64_t rows, std::int64_t wanted) {
+  const std::int64_t most = rows / 128, found = wanted < most ? wanted : most;
+  return found < 1 ? 1 : static_cast<int>(found);
+}
+
+// Parts of the queries: while blocks of keys are fewer than two a multiprocessor.
 inline int backward_chunks(const Arguments& call, const Device& device) {
   int chunks = 1;
   backward_dim_switch(call.dim, [&](auto dim) {
     const int keys = BackwardKeys<bfloat16, dim, Part::both>::keys;
     const std::int64_t blocks = (call.keys + keys - 1) / keys * call.batch * call.heads;
-    const std::int64_t wanted = 2 * device.multiprocessors / blocks, most = call.queries / 128;
-    const std::int64_t found = wanted < most ? wanted : most;
-    chunks = found < 1 ? 1 : static_cast<int>(found);
+    chunks = parts_of(call.queries, 2 * device.multiprocessors / blocks);
   });
   return chunks;
 }
 
-// Parts of what the blocks of a wide head walk along: while they are fewer than the multiprocessors, of 128 rows or
-// more.
+// Parts of what the blocks of a wide head walk along: while they are fewer than the multiprocessors.
 inline int wide_chunks(const Arguments& call, Side rows, const Device& device) {
   const bool of_keys = rows == Side::keys;
   const std::int64_t blocks = ((of_keys ? call.keys : call.queries) + 31) / 32 * call.batch * call.heads;
-  const std::int64_t wanted = device.multiprocessors / blocks, most = (of_keys ? call.queries : call.keys) / 128;
-  const std::int64_t found = wanted < most ? wanted : most;
-  return found < 1 ? 1 : static_cast<int>(found);
+  return parts_of(of_keys ? call.queries : call.keys, device.multiprocessors / blocks);
 }
 
 // Floats of the statistics. Sums, which follow, are read by vectors of 4.
@@ -68,7 +69,7 @@ inline std::int64_t backward_workspace(const Arguments& call, const Device& devi
   return statistics_floats(call) + partial;
 }
 
-template <class Kernel, class T>
+template <class Kernel>
 typename Kernel::Params backward_params(const BackwardArguments& all) {
   const Arguments& call = all.call;
   typename Kernel::Params params = {};
@@ -107,7 +108,7 @@ template <class T, int Dim, Part Wanted>
 void backward_keys(const BackwardArguments& all, const Context& context) {
   using Kernel = BackwardKeys<T, Dim, Wanted>;
   const Arguments& call = all.call;
-  auto params = backward_params<Kernel, T>(all);
+  auto params = backward_params<Kernel>(all);
   set_inputs<T>(params, all);
   params.dk = heads_of<T>(call, all.dk, call.keys);
   params.dv = heads_of<T>(call, all.dv, call.keys);
@@ -127,7 +128,7 @@ void backward_keys(const BackwardArguments& all, const Context& context) {
 template <class T, int Dim>
 void backward_queries(const BackwardArguments& all, const Context& context) {
   using Kernel = BackwardQueries<T, Dim>;
-  auto params = backward_params<Kernel, T>(all);
+  auto params = backward_params<Kernel>(all);
   set_inputs<T>(params, all);
   params.dq = heads_of<T>(all.call, all.dq, all.call.queries);
   params.tiles = ceil_div(params.problem.queries, Kernel::rows);
@@ -145,7 +146,7 @@ void wide_backward(const BackwardArguments& all, const Context& context) {
   const auto q = heads_of<const T>(call, all.q, call.queries), grad = heads_of<const T>(call, all.grad, call.queries);
   const auto k = heads_of<const T>(call, all.k, call.keys), v = heads_of<const T>(call, all.v, call.keys);
   const std::int64_t rows = of_keys ? call.keys : call.queries;
-  auto params = backward_params<Kernel, T>(all);
+  auto params = backward_params<Kernel>(all);
   params.rows = of_keys ? k : q, params.row_values = of_keys ? v : grad;
   params.steps = of_keys ? q : k, params.step_values = of_keys ? grad : v;
   params.out = heads_of<T>(call, of_keys ? all.dk : all.dq, rows);
