@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="GLIDE: an upsampler for the pictures of --model, a base (`fastldm train glide`)",
     )
     parser.add_argument(
+        "--upsampler-steps",
+        type=_steps,
+        metavar="N",
+        help="GLIDE: denoising steps of the upsampler, or fast27 (default: the model's)",
+    )
+    parser.add_argument(
         "--clip",
         type=folder_name,
         metavar="FOLDER",
@@ -74,6 +80,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     with use_backend(arguments.backend):
         pipeline = load_pipeline(arguments)
+        of_upsampler = {}
+        if arguments.upsampler_steps is not None:
+            if getattr(pipeline, "upsampler", None) is None:
+                raise InputError("--upsampler-steps is for GLIDE with an upsampler; add --upsampler FOLDER")
+            of_upsampler["upsampler_steps"] = arguments.upsampler_steps
         guide = None
         if arguments.clip is not None:
             guide = CLIPScorer.from_pretrained(arguments.clip).to(pipeline.device).gradient(captions)
@@ -91,6 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
                 progress=sys.stderr.isatty(),
                 gradient=guide,
                 gradient_scale=arguments.clip_scale,
+                **of_upsampler,
             ).images
         sampled = time.perf_counter()
     if len(images) == 1:
@@ -103,6 +115,11 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"  {op:<14} {', '.join(names)}")
     print(f"  {'load':<14} {loaded - started:.2f} s")
     print(f"  {'sample':<14} {sampled - loaded:.2f} s on {pipeline.device}")
+
+
+def _steps(text: str) -> int | str:
+    """A number of steps, or the name of a published choice of them, which the pipeline knows."""
+    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _captions(words: list[str]) -> list[str]:

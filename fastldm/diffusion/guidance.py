@@ -155,6 +155,8 @@ def classifier_gradient(classifier: Callable[[Tensor, Tensor], Tensor], labels: 
         raise InputError(f"labels are {labels.dtype} {tuple(labels.shape)}: give int64 (B,)")
     with torch.inference_mode(False):
         labels = labels.clone()
+    # Read once: at every step it would wait for a GPU.
+    lowest, highest = (labels.min().item(), labels.max().item()) if len(labels) else (0, 0)
 
     def log_probability(x: Tensor, t: Tensor) -> Tensor:
         logits = classifier(x, t)
@@ -163,10 +165,9 @@ def classifier_gradient(classifier: Callable[[Tensor, Tensor], Tensor], labels: 
                 f"logits {tuple(logits.shape)} for {len(labels)} labels: the classifier must give "
                 "(B, classes), and there must be one label per sample"
             )
-        if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
+        if lowest < 0 or highest >= logits.shape[1]:
             raise InputError(
-                f"labels {labels.min().item()} to {labels.max().item()} for {logits.shape[1]} classes: "
-                f"use 0 to {logits.shape[1] - 1}"
+                f"labels {lowest} to {highest} for {logits.shape[1]} classes: use 0 to {logits.shape[1] - 1}"
             )
         index = labels.to(logits.device, torch.int64)[:, None]
         return logits.log_softmax(dim=1).gather(1, index)[:, 0]

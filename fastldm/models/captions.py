@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastldm.errors import InputError
+
+
+class CutCaptionWarning(UserWarning):
+    """A caption has more tokens than the text window; its end is not read."""
+
+
+def warn_of_cut(caption: str, tokens: int, room: int, first_cut: int) -> None:
+    """Say what of a caption is cut off: it has `tokens` for a window of `room`, and its letters from
+    `first_cut` on are not read. For a tokenizer's own `_encode`, to point at whoever called the tokenizer."""
+    cut = caption[first_cut:].strip()
+    warnings.warn(
+        f"the caption has {tokens} tokens, the text window {room}: {cut!r} is cut off",
+        CutCaptionWarning,
+        stacklevel=5,
+    )
+
+
+@contextmanager
+def cutting_quietly() -> Iterator[None]:
+    """Where captions are read again and again, after what is cut has been said once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CutCaptionWarning)
+        yield
 
 
 def as_captions(

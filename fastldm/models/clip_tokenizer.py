@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from fastldm.errors import CheckpointError, InputError
 from fastldm.io import atomic_write, write_json
 from fastldm.models import bpe
-from fastldm.models.captions import as_captions
+from fastldm.models.captions import as_captions, warn_of_cut
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -126,10 +125,7 @@ class CLIPTokenizer:
         encoding = self.backend.encode(caption)
         ids, room = encoding.ids, self.max_length - 2
         if len(ids) > room:
-            cut = caption[encoding.offsets[room][0] :].strip()
-            warnings.warn(
-                f"the caption has {len(ids)} tokens, the text window {room}: {cut!r} is cut off", stacklevel=4
-            )
+            warn_of_cut(caption, len(ids), room, encoding.offsets[room][0])
         ids = [self.bos_token_id, *ids[:room], self.eos_token_id]
         return ids + [self.pad_token_id] * (self.max_length - len(ids))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from fastldm.errors import CheckpointError, InputError
 from fastldm.io import atomic_write, write_json
 from fastldm.models import bpe
-from fastldm.models.captions import as_captions
+from fastldm.models.captions import as_captions, warn_of_cut
 
 EOS = "<|endoftext|>"
 
@@ -114,12 +113,8 @@ class GlideTokenizer:
         caption = caption.lower()
         encoding = self.backend.encode(caption)
         if len(encoding.ids) > self.text_ctx:
-            cut = caption[encoding.offsets[self.text_ctx][0] :].strip()
-            warnings.warn(
-                f"the caption has {len(encoding.ids)} tokens, the text window {self.text_ctx}: {cut!r} is "
-                "cut off",
-                stacklevel=4,
-            )
+            first_cut, _ = encoding.offsets[self.text_ctx]
+            warn_of_cut(caption, len(encoding.ids), self.text_ctx, first_cut)
         return encoding.ids[: self.text_ctx]
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:

@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from fastldm.errors import CheckpointError, InputError
 from fastldm.io import atomic_write, write_json
-from fastldm.models.captions import as_captions
+from fastldm.models.captions import as_captions, warn_of_cut
 
 PAD, CLS, SEP, UNK = SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 
@@ -117,11 +116,7 @@ class Tokenizer:
             raise InputError(f"the caption {caption!r} holds no word; write some, or '' for no condition")
         room = self.max_length - self._special_count
         if len(encoding.ids) > room:
-            cut = caption[encoding.offsets[room][0] :].strip()
-            warnings.warn(
-                f"the caption has {len(encoding.ids)} tokens, the text window {room}: {cut!r} is cut off",
-                stacklevel=4,
-            )
+            warn_of_cut(caption, len(encoding.ids), room, encoding.offsets[room][0])
             encoding.truncate(room)
         ids = self.backend.post_process(encoding).ids
         return ids + [self._pad_id] * (self.max_length - len(ids))

@@ -223,7 +223,8 @@ class Guide:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         self.space.check_x(x)
         self._check_count(len(x))
-        if self.space.schedule is not None:
+        # A sampler's timesteps lie where x does; to read those of a GPU would wait for it at every step.
+        if self.space.schedule is not None and not (isinstance(t, Tensor) and t.device.type != "cpu"):
             self.space.checked_timestep(t, len(x))
         repeats = len(x) // len(self._conditions)
         return self._bind(self._conditions.repeat_interleave(repeats, dim=0))(x, t)

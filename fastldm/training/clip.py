@@ -22,7 +22,7 @@ from fastldm.models.clip_tokenizer import CLIPTokenizer
 from fastldm.pictures import grid, to_pil
 from fastldm.systems.clip import CLIPScorer, clip_loss
 from fastldm.training.config import CLIPTrainingConfig
-from fastldm.training.data import build_dataset, captions_of
+from fastldm.training.data import build_dataset, captions_of, warn_of_long_captions
 from fastldm.training.frozen_first_stage import FrozenFirstStage, noised
 
 _SHOWN = 8
@@ -80,6 +80,7 @@ class CLIPTask:
         self.first_stage = FrozenFirstStage(config.first_stage, config.data.size, config.seed)
         self.schedule = self.first_stage.noise(config.schedule) if config.noised else None
         self.tokenizer = build_tokenizer(config, self.pictures)
+        warn_of_long_captions(self.pictures, self.tokenizer, "max_length")
         fields = model_config(config, self.tokenizer, self.first_stage.shape)
         model = CLIPModel.from_config(fields)
         if config.gradient_checkpointing:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from fastldm.errors import ConfigError
+from fastldm.models.captions import CutCaptionWarning
 from fastldm.training.config import DataConfig
 from fastldm.training.datasets import CaptionedShapes, ImageFolder
 from fastldm.training.datasets.shapes import PAIRS, vocabulary
+
+_CAPTIONS_AT_ONCE = 1024
 
 
 def derive_seed(*parts: int) -> int:
@@ -95,6 +99,32 @@ def captions_of(pictures: Any) -> Sequence[str]:
     if isinstance(pictures, CaptionedShapes):
         return [" ".join(vocabulary())]
     return pictures.captions
+
+
+def warn_of_long_captions(pictures: Any, tokenizer: Callable[[Sequence[str]], Any], key: str) -> None:
+    """Say once how many captions of a data set are longer than the tokenizer's window; of the shapes, which
+    are drawn as they are asked for, of a hundred.
+
+    Args:
+        key: what sets the window, in the configuration.
+    """
+    if isinstance(pictures, CaptionedShapes):
+        captions = [pictures.draw(index)[1] for index in range(min(len(pictures), 100))]
+    else:
+        captions = pictures.captions
+    cut = 0
+    for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", CutCaptionWarning)
+            tokenizer(captions[start : start + _CAPTIONS_AT_ONCE])
+        cut += len(said)
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(captions)} captions are longer than the text window, and their ends are not "
+            f"read; see {key}",
+            stacklevel=2,
+        )
 
 
 def classes_of(pictures: Any) -> list[str]:

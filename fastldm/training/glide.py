@@ -29,7 +29,7 @@ from fastldm.pictures import grid
 from fastldm.systems.glide import GlidePipeline
 from fastldm.systems.glide_stage import BASE_NOISE, UPSAMPLER_NOISE, GlideStage
 from fastldm.training.config import GlideConfig
-from fastldm.training.data import build_dataset, captions_of
+from fastldm.training.data import build_dataset, captions_of, warn_of_long_captions
 
 # So that a network that inpaints can still make a picture from nothing.
 _ERASED_WHOLE = 1 / 8
@@ -134,6 +134,8 @@ class GlideTask:
                 f"GLIDE needs a caption for each picture, and {config.data.path} has none: add metadata.jsonl"
             )
         self.tokenizer, self.stage = build_stage(config, self.dataset)
+        window = "max_length" if config.start_from is None else "start_from"
+        warn_of_long_captions(self.dataset, self.tokenizer, window)
         if config.gradient_checkpointing:
             self.stage.unet.enable_gradient_checkpointing()
         if config.compile:

@@ -26,7 +26,7 @@ from fastldm.models.unet import UNet2DConditionModel
 from fastldm.pictures import grid
 from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 from fastldm.training.config import LatentDiffusionConfig
-from fastldm.training.data import build_dataset, captions_of, classes_of
+from fastldm.training.data import build_dataset, captions_of, classes_of, warn_of_long_captions
 from fastldm.training.frozen_first_stage import FrozenFirstStage
 
 # Which entry of a data set's item a conditioner takes. A condition picture is the picture itself, which
@@ -220,6 +220,8 @@ def build_conditioner(config: LatentDiffusionConfig, pictures: Any) -> nn.Module
         tokenizer = Tokenizer.from_pretrained(settings.tokenizer)
     else:
         tokenizer = Tokenizer.from_captions(captions_of(pictures), settings.max_length)
+    window = "max_length" if settings.tokenizer is None else "tokenizer"
+    warn_of_long_captions(pictures, tokenizer, f"conditioner.{window}")
     text_encoder = LDMBertModel.from_config(
         {
             "vocab_size": tokenizer.vocab_size,

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from fastldm import io
 from fastldm.errors import CheckpointError, ConfigError, TrainingError
 from fastldm.memory import keep_freed_memory
+from fastldm.models.captions import cutting_quietly
 from fastldm.pictures import png_bytes
 from fastldm.training.checkpoint import (
     Checkpoint,
@@ -182,7 +183,8 @@ class _Run:
                 find_unused_parameters=True
             )
         self.module = self.task.module
-        self.task.to(self.accelerator.device)
+        with cutting_quietly():
+            self.task.to(self.accelerator.device)
         self.module.to(self.accelerator.device)
         self.step = 0
         if checkpoint is None:
@@ -228,7 +230,7 @@ class _Run:
             unit="step",
             disable=None if self.progress else True,
         )
-        with bar, self._writer() as writer, _on_interrupt(stop):
+        with bar, self._writer() as writer, _on_interrupt(stop), cutting_quietly():
             stream = self._batches(start=self.step)
             while self.step < config.max_steps:
                 try:

@@ -92,6 +92,11 @@ def test_an_upsampler_enlarges_what_a_base_of_another_folder_makes(glide, model,
     assert main([*command, "--model", str(glide / "whole")]) == 0
     assert np.array_equal(found, np.asarray(Image.open(out)))
     assert found.shape == (16, 16, 3)
+    assert main([*command, *base, *large, "--upsampler-steps", "fast27"]) == 0
+    assert not np.array_equal(found, np.asarray(Image.open(out)))
+    line = fails(*command, *base, *large, "--upsampler-steps", "fast28")
+    assert "upsampler_steps='fast28': use 1 to 1000, a whole number, or 'fast27'" in line
+    assert "add --upsampler FOLDER" in fails(*command, *base, "--upsampler-steps", "5")
     line = fails(*command, *base, "--upsampler", glide / "other")
     assert "the upsampler was trained to enlarge those of 4; train one with low_res=8" in line
     assert "second has no upsampler" in fails(*command, *base, "--upsampler", glide / "base")

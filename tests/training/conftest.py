@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ LDM = {
     "condition_dropout": 0.5,
     "sampling": {"prompts": ["a red circle"], "num_inference_steps": 2},
 }
+
+
+@pytest.fixture
+def said_of_captions():
+    """of(run) -> the warnings of captions that are too long, while run() trains."""
+
+    def of(run) -> list[str]:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run()
+        return [str(one.message) for one in said if "text window" in str(one.message)]
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -236,6 +236,21 @@ def test_a_folder_of_captioned_pictures_is_trained_on(clip_config, tmp_path):
         CLIPTask(clip_config(*data))
 
 
+@pytest.mark.parametrize("cached", ["true", "false"])
+def test_what_is_cut_of_captions_is_said_once(clip_config, said_of_captions, tmp_path, cached):
+    pictures = CaptionedShapes("train", "one", 32, 16)
+    export_image_folder(pictures, tmp_path / "pictures")
+    data = ["data.source=image_folder", f"data.path={tmp_path / 'pictures'}", f"cache_latents={cached}"]
+    config = clip_config("max_steps=2", "max_length=6", *data)
+    # Every word is a token: at most four stand between the start and the end.
+    cut = sum(len(pictures[i]["caption"].split()) > 4 for i in range(16))
+    assert 0 < cut < 16
+    (said,) = said_of_captions(lambda: run(config))
+    assert said.startswith(f"{cut} of 16 captions are longer than the text window")
+    assert said.endswith("see max_length")
+    assert said_of_captions(lambda: CLIPTask(clip_config("max_length=16", *data))) == []
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -251,6 +251,13 @@ def test_resuming_gives_the_same_bits(glide_config, overrides):
     assert folder.is_dir()
 
 
+def test_what_is_cut_of_captions_is_said_once(glide_config, said_of_captions):
+    config = glide_config("max_length=2", "max_steps=2")
+    (said,) = said_of_captions(lambda: train(config, lambda: GlideTask(config), progress=False))
+    assert said.startswith("16 of 16 captions are longer")
+    assert said.endswith("see max_length")
+
+
 def test_a_base_and_an_upsampler_become_a_pipeline(glide_config):
     base_task, base = run(glide_config("max_steps=1", "ema.enabled=false", "name=base"))
     large = [*UPSAMPLER, "low_res=32", "data.size=64", "max_steps=1", "schedule.beta_end=0.01"]

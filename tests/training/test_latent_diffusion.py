@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -369,6 +370,13 @@ def test_an_image_folder_trains_with_its_captions_or_its_classes(ldm_config, tmp
     assert loss.isfinite()
     with pytest.raises(ConfigError, match="kind=class needs a label"):
         LatentDiffusionTask(ldm_config(*data, "conditioner.kind=class"))
+
+
+def test_what_is_cut_of_captions_is_said_once(ldm_config, said_of_captions):
+    config = ldm_config("conditioner.max_length=5", "max_steps=2")
+    (said,) = said_of_captions(lambda: train(config, lambda: LatentDiffusionTask(config), progress=False))
+    # Shapes are drawn as they are asked for; this data set has 24 of them.
+    assert re.match(r"\d+ of 24 captions are longer .*; see conditioner.max_length$", said)
 
 
 def test_what_cannot_work_is_refused_before_training(ldm_config, tmp_path):
