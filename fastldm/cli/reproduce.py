@@ -20,7 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="FOLDER",
-        help="where findings, plots, pictures and trained models go (default: runs/claims)",
+        help="where findings, plots, pictures and trained models go (default: runs/claims, with the seed "
+        "where that is not 0)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of weights, training pictures and noise: another seed is another experiment (default: 0)",
     )
     parser.add_argument(
         "--shipped", action="store_true", help="show what was found on our machine, without training"
@@ -28,12 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from fastldm.reproduce import reproduce, shipped_finding, shipped_folder
+    from fastldm.reproduce import reproduce, shipped_finding, shipped_folder, shipped_repetitions
     from fastldm.training.extras import require
 
-    if arguments.shipped and arguments.out is not None:
-        raise InputError("--out is for a run, and --shipped shows what is there; leave one out")
-    out = Path("runs/claims" if arguments.out is None else arguments.out)
+    for flag in ("out", "seed"):
+        if arguments.shipped and getattr(arguments, flag) is not None:
+            raise InputError(f"--{flag} is for a run, and --shipped shows what is there; leave one out")
+    seed = arguments.seed or 0
+    out = Path(arguments.out or ("runs/claims" if seed == 0 else f"runs/claims-seed-{seed}"))
     claims = CLAIMS if arguments.claim == "all" else [arguments.claim]
     if not arguments.shipped:
         for package in ("yaml", "accelerate", "tensorboard"):
@@ -43,7 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.shipped:
             finding = shipped_finding(claim)
         else:
-            finding = reproduce(claim, out, progress=sys.stderr.isatty())
+            finding = reproduce(claim, out, seed=seed, progress=sys.stderr.isatty())
         print(f"{claim}: {finding.statement}")
         print(textwrap.fill(finding.verdict, 100))
+        for again in shipped_repetitions(claim) if arguments.shipped else ():
+            print(textwrap.fill(f"Seed {again.seed}: {again.verdict}", 100))
         print(shipped_folder(claim) if arguments.shipped else (out / claim).resolve())

@@ -58,7 +58,7 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
             "configurations": ["pairs-text", "pairs-clip"],
         }
     )
-    finding = Finding(NAME, STATEMENT, holds, verdict, measurements, about)
+    finding = Finding(NAME, STATEMENT, holds, verdict, measurements, about, workspace.seed)
     return finding, pairs.pictures([(name, o.samples) for name, o in outcomes.items()], columns=8)
 
 

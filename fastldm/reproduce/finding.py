@@ -53,7 +53,8 @@ class Finding:
     """The outcome of one claim.
 
     `holds` is True or False where the interval of what the claim compares leaves no doubt, else None.
-    `settings` is what somebody needs to know to judge the numbers: sizes, steps, seconds.
+    `settings` is what somebody needs to know to judge the numbers: sizes, steps, seconds. `seed` is that of
+    everything random, trainings included.
     """
 
     claim: str
@@ -62,6 +63,7 @@ class Finding:
     verdict: str
     measurements: list[Measurement]
     settings: dict[str, Any]
+    seed: int = 0
     versions: dict[str, str] = field(default_factory=lambda: _versions())
 
     def select(self, quantity: str, **setting: str | float) -> list[Measurement]:

@@ -82,12 +82,12 @@ def compare(
     pipeline = LatentDiffusionPipeline.from_pretrained(guided)
     outcomes, measurements = {}, []
 
-    def draw(arm: Arm, scale: float, times: int, seed: int) -> list[pairs.Sample]:
+    def draw(arm: Arm, scale: float, times: int, series: int) -> list[pairs.Sample]:
         return pairs.sample(
             pipeline,
             pairs.repeated(SEEN_PAIRS, times),
             lambda some: arm.call(some, scale),
-            seed=seed,
+            seed=workspace.draw_seed(series),
             description=f"{arm.name}, scale {scale:g}",
             progress=workspace.progress,
         )

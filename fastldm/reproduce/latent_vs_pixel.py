@@ -67,7 +67,7 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
     measurements: list[Measurement] = []
     bar = tqdm(total=len(_SPACES) * (_TURNS + 1), unit="turn", disable=None if workspace.progress else True)
     folder = workspace.fresh("turns")
-    state = {space: _Run(space, folder, workspace.progress, bar) for space in _SPACES}
+    state = {space: _Run(space, folder, workspace, bar) for space in _SPACES}
     for turn in range(_TURNS):
         for one in state.values():
             one.train((turn + 1) * _TURN_SECONDS)
@@ -123,16 +123,16 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
         "first stage": "the shipped one, trained beforehand in 9 minutes; its time is not counted",
         "configuration": "pairs-text",
     }
-    finding = Finding(NAME, STATEMENT, holds, verdict, measurements, settings)
+    finding = Finding(NAME, STATEMENT, holds, verdict, measurements, settings, workspace.seed)
     return finding, pairs.pictures([(one.space, one.samples) for one in state.values()], columns=8)
 
 
 class _Run:
     """One of the two models, as far as it has trained."""
 
-    def __init__(self, space: str, folder: Path, progress: bool, bar: tqdm) -> None:
-        self.space, self.progress, self.bar = space, progress, bar
-        self.overrides = [f"output_dir={folder}", *_COMMON, *_SPACES[space]]
+    def __init__(self, space: str, folder: Path, workspace: Workspace, bar: tqdm) -> None:
+        self.space, self.workspace, self.bar = space, workspace, bar
+        self.overrides = [f"output_dir={folder}", f"seed={workspace.seed}", *_COMMON, *_SPACES[space]]
         self.step, self.seconds, self.rates = 0, 0.0, []
         self.peak_bytes = self.idle_bytes = 0
         self.samples: list[pairs.Sample] = []
@@ -157,9 +157,9 @@ class _Run:
             self.pipeline,
             wanted,
             pairs.by_caption(_SCALE),
-            seed=0,
+            seed=self.workspace.draw_seed(0),
             description=f"{self.space}, turn {turn + 1} of {_TURNS}",
-            progress=self.progress,
+            progress=self.workspace.progress,
         )
         return self.samples
 

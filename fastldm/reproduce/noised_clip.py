@@ -58,7 +58,7 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
     measurements = [
         Measurement.of_score("zero-shot accuracy", score, clip=name, timestep=t)
         for name, clip in ((_CLEAN, clean), (_NOISED, noised))
-        for t, score in _zero_shot(clip, pipeline).items()
+        for t, score in _zero_shot(clip, pipeline, workspace.seed).items()
     ]
     arms = [
         Arm(_NONE, (1.0,), lambda some, scale: {"prompt": [""] * len(some), "guidance_scale": scale}),
@@ -94,16 +94,16 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
             "configurations": ["pairs-text", "pairs-clip"],
         }
     )
-    finding = Finding(NAME, STATEMENT, holds, verdict, measurements, about)
+    finding = Finding(NAME, STATEMENT, holds, verdict, measurements, about, workspace.seed)
     return finding, pairs.pictures([(name, o.samples) for name, o in outcomes.items()], columns=8)
 
 
-def _zero_shot(clip: CLIPScorer, pipeline: LatentDiffusionPipeline) -> dict[int, Score]:
+def _zero_shot(clip: CLIPScorer, pipeline: LatentDiffusionPipeline, seed: int) -> dict[int, Score]:
     """How many fresh pictures, noised to a timestep, have their own caption first among the 21."""
-    data = CaptionedShapes("seen", "one", length=_READ, attributes=("colour", "shape"))
+    data = CaptionedShapes("seen", "one", length=_READ, seed=seed, attributes=("colour", "shape"))
     drawn = [data.draw(index) for index in range(_READ)]
     pixels = torch.from_numpy(np.stack([np.asarray(picture, np.float32) for _, _, picture in drawn]))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     latents = pipeline.encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1, generator)
     noise = torch.randn(latents.shape, generator=generator)
     captions = [pairs.words(pair) for pair in SEEN_PAIRS]

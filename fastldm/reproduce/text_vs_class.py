@@ -54,7 +54,7 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
                 pipeline,
                 wanted,
                 call,
-                seed=0,
+                seed=workspace.draw_seed(0),
                 description=f"{name}, {split}",
                 progress=workspace.progress,
             )
@@ -83,7 +83,7 @@ def run(workspace: Workspace) -> tuple[Finding, Image.Image]:
         "training seconds": {"text": text_seconds, "class": class_seconds},
         "configuration": "pairs-text",
     }
-    finding = Finding(NAME, STATEMENT, holds, verdict, measurements, settings)
+    finding = Finding(NAME, STATEMENT, holds, verdict, measurements, settings, workspace.seed)
     return finding, pairs.pictures(groups, columns=8)
 
 

@@ -13,6 +13,9 @@ from fastldm.errors import ConfigError
 from fastldm.training.config import TrainingConfig, differing_keys, load_config, to_mapping
 from fastldm.training.loop import Task, train
 
+# More than a claim draws.
+_SERIES = 100
+
 
 @dataclass
 class Workspace:
@@ -21,10 +24,16 @@ class Workspace:
     Args:
         folder: runs and findings go there.
         progress: show progress bars.
+        seed: of all weights, training pictures and noise.
     """
 
     folder: Path
     progress: bool = True
+    seed: int = 0
+
+    def draw_seed(self, series: int) -> int:
+        """Of the noise of a series of pictures, numbered from 0; other seeds share none."""
+        return _SERIES * self.seed + series
 
     def trained(
         self,
@@ -40,7 +49,8 @@ class Workspace:
         Raises:
             ConfigError: the folder holds a run of this name with another configuration.
         """
-        settings = load_config(kind, config, [f"output_dir={self.folder / 'runs'}", *overrides])
+        fixed = [f"output_dir={self.folder / 'runs'}", f"seed={self.seed}"]
+        settings = load_config(kind, config, [*fixed, *overrides])
         run = Path(settings.output_dir) / settings.name
         stamp = run / "seconds.txt"
         if stamp.is_file():

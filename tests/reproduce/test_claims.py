@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fastldm.cli import main
-from fastldm.errors import ConfigError
+from fastldm.errors import ConfigError, InputError
 from fastldm.reproduce import (
     CLAIMS,
     cfg_vs_clip,
@@ -19,6 +21,7 @@ from fastldm.reproduce import (
     text_vs_class,
     workspace,
 )
+from fastldm.reproduce.workspace import Workspace
 from fastldm.training import config as configs
 
 # accelerate fixes the precision of a process once, and the other tests of training have this one.
@@ -87,6 +90,29 @@ def test_what_claims_share_is_trained_once(hardly_trained, tmp_path, monkeypatch
     reproduce("cfg-vs-clip", tmp_path, progress=False)
 
 
+def test_another_seed_is_another_experiment(hardly_trained, tmp_path):
+    first = reproduce("text-vs-class", tmp_path / "0", progress=False)
+    other = reproduce("text-vs-class", tmp_path / "1", seed=1, progress=False)
+    assert (first.seed, other.seed) == (0, 1)
+    weights = [
+        load_file(tmp_path / seed / "runs/pairs-text/model/unet/diffusion_pytorch_model.safetensors")
+        for seed in "01"
+    ]
+    assert not torch.equal(*(w["conv_in.weight"] for w in weights))
+    pictures = [Image.open(tmp_path / seed / "text-vs-class/pictures.png").tobytes() for seed in "01"]
+    assert pictures[0] != pictures[1]
+    with pytest.raises(ConfigError, match="other values of seed"):
+        reproduce("text-vs-class", tmp_path / "0", seed=1, progress=False)
+    for seed in (-1, 1.0, True, "1"):
+        with pytest.raises(InputError, match="give a whole number from 0"):
+            reproduce("text-vs-class", tmp_path / "2", seed=seed)
+
+
+def test_the_noise_of_seeds_is_never_shared():
+    seeds = [Workspace(Path(), seed=seed).draw_seed(series) for seed in range(5) for series in range(3)]
+    assert len(set(seeds)) == len(seeds)
+
+
 def test_a_folder_with_other_models_is_refused(hardly_trained, tmp_path, monkeypatch):
     reproduce("text-vs-class", tmp_path, progress=False)
     monkeypatch.setitem(TINY, "pairs-text", [*TINY["pairs-text"], "optimizer.lr=0.5"])
@@ -102,3 +128,4 @@ def test_the_shipped_findings_are_shown(claim, capsys):
     folder = Path(said.splitlines()[-1])
     assert all((folder / name).is_file() for name in ("finding.json", "plot.png", "pictures.png"))
     assert main(["reproduce", claim, "--shipped", "--out", "elsewhere"]) == 2
+    assert main(["reproduce", claim, "--shipped", "--seed", "1"]) == 2

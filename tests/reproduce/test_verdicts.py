@@ -11,6 +11,7 @@ from fastldm.evaluation.statistics import Score
 from fastldm.reproduce import cfg_vs_clip, guidance, latent_vs_pixel, noised_clip, pairs, text_vs_class
 from fastldm.reproduce.guidance import Arm, Outcome
 from fastldm.reproduce.timed import Timed
+from fastldm.reproduce.workspace import Workspace
 from fastldm.training.datasets.shapes import SEEN_PAIRS, Object, Scene, render
 
 _PICTURE = render(Scene((Object("circle", "red", "large", "top left"),)), 0)
@@ -26,9 +27,9 @@ def samples(right, total=100):
 @pytest.fixture
 def work(monkeypatch):
     """A workspace in which nothing is trained or loaded."""
-    made = SimpleNamespace(
-        trained=lambda *_: (Path("class"), 1.0), fresh=lambda name: Path(name), progress=False
-    )
+    made = Workspace(Path("work"), progress=False)
+    monkeypatch.setattr(made, "trained", lambda *_: (Path("class"), 1.0))
+    monkeypatch.setattr(made, "fresh", lambda name: Path(name))
     monkeypatch.setattr(pairs, "text_model", lambda _: (Path("text"), 1.0))
     loader = SimpleNamespace(from_pretrained=lambda path: SimpleNamespace(unet=torch.nn.Linear(1, 1)))
     for module in (guidance, noised_clip, text_vs_class, latent_vs_pixel):

@@ -22,6 +22,7 @@ from fastldm.errors import InputError
 WHOLE_TIMESTEPS = ("ddim", "ddpm", "plms")
 FRACTIONAL_TIMESTEPS = ("euler", "euler_ancestral", "heun")
 MULTISTEP = ("dpmpp_2m", "unipc")
+WITH_KARRAS = FRACTIONAL_TIMESTEPS + MULTISTEP
 
 
 class NoiseLevels(NamedTuple):
@@ -82,7 +83,7 @@ def noise_levels(
     count, total = num_inference_steps, schedule.num_train_timesteps
     if sampler in WHOLE_TIMESTEPS:
         if karras:
-            others = ", ".join(FRACTIONAL_TIMESTEPS + MULTISTEP)
+            others = ", ".join(WITH_KARRAS)
             raise InputError(f"karras=True with sampler {sampler!r}: Karras levels are for {others}")
         return NoiseLevels(schedule.timesteps(count, spacing), None)
     if sampler in FRACTIONAL_TIMESTEPS:
@@ -92,7 +93,7 @@ def noise_levels(
     elif sampler in MULTISTEP:
         timesteps = _without_the_last(schedule, count, spacing)
     else:
-        known = ", ".join(WHOLE_TIMESTEPS + FRACTIONAL_TIMESTEPS + MULTISTEP)
+        known = ", ".join(WHOLE_TIMESTEPS + WITH_KARRAS)
         raise InputError(f"sampler={sampler!r} is not offered; use one of {known}")
     of_training = train_sigmas(schedule).double()
     sigmas = _interpolated(schedule, timesteps)
