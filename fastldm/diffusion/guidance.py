@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastldm.checks import is_fraction, is_number
-from fastldm.diffusion.schedules import NoiseSchedule
+from fastldm.checks import described, is_fraction, is_number, same_shape
+from fastldm.diffusion.schedules import NoiseSchedule, check_threshold
 from fastldm.diffusion.variance import split_variance
 from fastldm.errors import InputError
 
@@ -101,11 +101,9 @@ def dynamic_threshold(x0: Tensor, ratio: float = 0.995, max_value: float = 1.0) 
     Raises:
         InputError: for a ratio or max_value outside its range.
     """
-    if not 0 <= ratio <= 1 or not max_value > 0:
-        raise InputError(
-            f"dynamic thresholding with ratio={ratio}, max_value={max_value}: use a ratio in [0, 1] and a "
-            "max_value above 0"
-        )
+    check_threshold(ratio, max_value, InputError)
+    if x0.ndim < 2:
+        raise InputError(f"x0 is {described(x0)}: give (B, ...), of which each sample is clipped by itself")
     flat = x0.flatten(1).to(torch.promote_types(x0.dtype, torch.float32))
     limit = torch.quantile(flat.abs(), ratio, dim=1, keepdim=True).clamp(min=1, max=max_value)
     return (flat.clamp(-limit, limit) / limit).reshape(x0.shape).to(x0.dtype)
@@ -151,8 +149,9 @@ def classifier_gradient(classifier: Callable[[Tensor, Tensor], Tensor], labels: 
         InputError: for labels that are not whole numbers; on a call, for as many as x does not have samples,
             or for one the classifier does not know.
     """
-    if labels.is_floating_point() or labels.ndim != 1:
-        raise InputError(f"labels are {labels.dtype} {tuple(labels.shape)}: give int64 (B,)")
+    whole = isinstance(labels, Tensor) and labels.dtype not in (torch.bool, torch.complex64)
+    if not whole or labels.is_floating_point() or labels.ndim != 1:
+        raise InputError(f"labels are {described(labels)}: give an int64 tensor (B,)")
     with torch.inference_mode(False):
         labels = labels.clone()
     # Read once: at every step it would wait for a GPU.
@@ -236,7 +235,7 @@ def gradient_guided(
         }[schedule.prediction_type]
         factor = torch.where(alpha_bar > 0, factor, 0)
         output, v = split_variance(denoiser(x, t), x, schedule)
-        moved = output + (scale * factor * gradient(x, t)).to(output.dtype)
+        moved = output + (scale * factor * same_shape("gradient", gradient(x, t), x)).to(output.dtype)
         return moved if v is None else torch.cat([moved, v], dim=1)
 
     return guided

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastldm.checks import is_number, same_shape
 from fastldm.diffusion.predictions import to_x0
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.diffusion.variance import learned_log_variance, split_variance
@@ -38,10 +39,18 @@ def simple_loss(
         x0, noise: (B, C, ...), of which x_t is made: `schedule.add_noise(x0, noise, t)`.
         t: int64 (B,).
         snr_gamma: gamma of the Min-SNR weights, which make the loss min(SNR, gamma) ||x0 - x0_hat||^2 for
-            every prediction type; None = no weights.
+            every prediction type; None = no weights. At zero SNR, that of "sample" and "v_prediction" is 0.
+
+    Raises:
+        InputError: for noise of another shape than x0, or a gamma that is not above 0.
     """
     dtype = _at_least_float32(x0)
+    if snr_gamma is not None and not (is_number(snr_gamma) and snr_gamma > 0):
+        raise InputError(
+            f"snr_gamma={snr_gamma!r}: give a number above 0, such as 5.0, or None for no weights"
+        )
     prediction, _ = split_variance(model_output, x0, schedule)
+    same_shape("noise", noise, x0)
     target = schedule.training_target(x0, noise, t)
     loss = (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(dim=1)
     return loss if snr_gamma is None else loss * _min_snr_weights(schedule, t, snr_gamma).to(loss.dtype)
@@ -164,9 +173,9 @@ def _min_snr_weights(schedule: NoiseSchedule, t: Tensor, gamma: float) -> Tensor
     """(B,): what makes min(SNR, gamma) ||x0 - x0_hat||^2 of each prediction type's squared error."""
     alpha_bar = schedule.alphas_cumprod.to(t.device)[t]
     snr = alpha_bar / (1 - alpha_bar)
-    weights = snr.clamp(max=gamma)
     if schedule.prediction_type == "epsilon":
-        return weights / snr.clamp(min=1e-8)
+        return (gamma / snr).clamp(max=1)
+    weights = snr.clamp(max=gamma)
     if schedule.prediction_type == "v_prediction":
         return weights / (snr + 1)
     return weights

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastldm.checks import is_count
+from fastldm.checks import is_count, is_fraction, is_number, same_shape
 from fastldm.diffusion import predictions, scheduler_config
 from fastldm.errors import ConfigError, InputError
 
@@ -34,6 +34,15 @@ def cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> Tensor:
     steps = num_train_timesteps
     betas = [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), max_beta) for i in range(steps)]
     return torch.tensor(betas, dtype=torch.float32)
+
+
+def check_threshold(ratio: float, max_value: float, error: type[Exception]) -> None:
+    """`error` unless they are arguments of `fastldm.diffusion.dynamic_threshold`."""
+    if not is_fraction(ratio) or not is_number(max_value) or not max_value > 0:
+        raise error(
+            f"dynamic thresholding with ratio={ratio!r}, max_value={max_value!r}: use a ratio in [0, 1] and "
+            "a max_value above 0"
+        )
 
 
 def rescale_to_zero_snr(betas: Tensor) -> Tensor:
@@ -95,24 +104,32 @@ class NoiseSchedule:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is not offered; use one of {', '.join(accepted)}"
                 )
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise ConfigError(
-                "rescale_betas_zero_snr=True with prediction_type='epsilon': the noise at zero SNR holds no "
-                "picture; use prediction_type 'v_prediction' or 'sample'"
-            )
+        if not is_count(self.num_train_timesteps):
+            raise ConfigError(f"num_train_timesteps={self.num_train_timesteps!r}: give a whole number from 1")
+        if self.steps_offset != 0 and not is_count(self.steps_offset):
+            raise ConfigError(f"steps_offset={self.steps_offset!r}: give a whole number from 0")
+        if self.thresholding:
+            check_threshold(self.dynamic_thresholding_ratio, self.sample_max_value, ConfigError)
         if self.clip_sample and not self.clip_sample_range > 0:
             raise ConfigError(f"clip_sample_range={self.clip_sample_range}: use a number above 0")
-        if self.trained_betas is None and (
-            self.num_train_timesteps < 1 or not 0 < self.beta_start <= self.beta_end < 1
-        ):
+        if self.trained_betas is None and not 0 < self.beta_start <= self.beta_end < 1:
             raise ConfigError(
-                f"num_train_timesteps={self.num_train_timesteps}, beta_start={self.beta_start}, "
-                f"beta_end={self.beta_end}: need at least one step and 0 < beta_start <= beta_end < 1"
+                f"beta_start={self.beta_start}, beta_end={self.beta_end}: need 0 < beta_start <= beta_end < 1"
             )
         betas = self._make_betas()
         if self.rescale_betas_zero_snr:
             betas = rescale_to_zero_snr(betas)
         alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+        if not bool(alphas_cumprod.isfinite().all()):
+            raise ConfigError(
+                f"the noise of {self.num_train_timesteps} timesteps cannot be rescaled to zero SNR: that "
+                "needs two timesteps, the first of less noise"
+            )
+        if self.prediction_type == "epsilon" and bool((alphas_cumprod == 0).any()):
+            raise ConfigError(
+                "prediction_type='epsilon' with zero SNR (rescale_betas_zero_snr=True, or trained_betas to "
+                "1): the noise at zero SNR holds no picture; use 'v_prediction' or 'sample'"
+            )
         final = torch.tensor(1.0) if self.set_alpha_to_one else alphas_cumprod[0]
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
@@ -230,6 +247,7 @@ class NoiseSchedule:
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise. x0, noise (B, ...), t int64 (B,) -> x0's dtype."""
+        same_shape("noise", noise, x0)
         alpha_bar = self.alpha_bar(x0, t)
         return (alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise).to(x0.dtype)
 

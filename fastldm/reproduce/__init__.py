@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 import os
 from importlib import resources
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 
-from fastldm.checks import is_count
 from fastldm.errors import InputError
 from fastldm.reproduce.finding import Finding
 from fastldm.reproduce.workspace import Workspace
@@ -41,9 +41,9 @@ def reproduce(
         CheckpointError: something cannot be written there.
     """
     module = _module(claim)
-    if not is_count(seed) and not (seed == 0 and isinstance(seed, int)):
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
         raise InputError(f"seed={seed!r}: give a whole number from 0")
-    finding, pictures = module.run(Workspace(Path(folder), progress, seed))
+    finding, pictures = module.run(Workspace(Path(folder), progress, int(seed)))
     finding.save(Path(folder) / claim, module.plot, pictures)
     return finding
 

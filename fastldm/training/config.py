@@ -75,6 +75,7 @@ class OptimizerConfig:
         _require("optimizer.weight_decay", self.weight_decay, at_least=0)
         _require("optimizer.eps", self.eps, above=0)
         _require("optimizer.warmup_steps", self.warmup_steps, at_least=0)
+        _require("optimizer.final_lr", self.final_lr, at_least=0)
         for beta in self.betas:
             _require("optimizer.betas", beta, at_least=0, below=1)
         if self.max_grad_norm is not None:
@@ -195,7 +196,10 @@ class ConditionerConfig:
     tokenizer: str | None = None
     """Text: a tokenizer folder or file; null = a word-level one made from the captions of the data."""
     max_length: int = 24
-    """Text: tokens per caption of a tokenizer made from the captions."""
+    """Text: tokens per caption of a tokenizer made from the captions, start and end included."""
+
+    def __post_init__(self) -> None:
+        _require("conditioner.max_length", self.max_length, at_least=3)
 
 
 @dataclass
@@ -209,6 +213,11 @@ class SamplingConfig:
     num_inference_steps: int = 50
     guidance_scale: float = 3.0
     sampler: Literal["ddim", "ddpm", "plms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc"] = "ddim"
+
+    def __post_init__(self) -> None:
+        _require("sampling.num_images", self.num_images, at_least=1)
+        _require("sampling.num_inference_steps", self.num_inference_steps, at_least=1)
+        _require("sampling.guidance_scale", self.guidance_scale, above=-math.inf)
 
 
 @dataclass
@@ -226,7 +235,8 @@ class LatentDiffusionConfig(TrainingConfig):
     condition_dropout: float = 0.1
     """Probability with which a sample is trained on the null condition (classifier-free guidance)."""
     snr_gamma: float | None = None
-    """Min-SNR loss weighting (Hang et al. 2023) with this gamma; null = plain mean squared error."""
+    """Min-SNR loss weighting (Hang et al. 2023) with this gamma; null = plain mean squared error. With
+    schedule.rescale_betas_zero_snr the last timestep has weight 0 and is not trained."""
     cache_latents: bool = False
     """Encode the data once, before training: the same losses as encoding each batch, up to rounding. In
     pixels there is nothing to encode, and it changes nothing."""
@@ -235,6 +245,13 @@ class LatentDiffusionConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require("condition_dropout", self.condition_dropout, at_least=0, at_most=1)
+        if self.snr_gamma is not None:
+            _require("snr_gamma", self.snr_gamma, above=0)
+        if self.schedule.get("prediction_type", self.prediction_type) != self.prediction_type:
+            raise ConfigError(
+                f"schedule.prediction_type={self.schedule['prediction_type']!r}, but "
+                f"prediction_type={self.prediction_type!r}: set prediction_type, and leave the other out"
+            )
 
 
 @dataclass

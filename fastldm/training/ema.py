@@ -13,7 +13,7 @@ class EMA:
     """Moving average of a module's state, in float32.
 
     Floating-point parameters and buffers are averaged, integer ones are copied. At update n (from 0) the
-    decay is min(decay, (1 + n) / (10 + n)), as in CompVis/latent-diffusion's LitEma.
+    decay is min(decay, (1 + n) / (10 + n)). CompVis/latent-diffusion's LitEma has that of n + 1.
 
     Args:
         module: the module to follow, on its device; its current state starts the average.

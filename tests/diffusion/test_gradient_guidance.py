@@ -335,7 +335,7 @@ def test_wrong_scores_are_refused():
         score_gradient(lambda x, t: t.double())(x, t)
     with pytest.raises(InputError, match="does not depend on x"):
         score_gradient(lambda x, t: torch.ones(2, requires_grad=True))(x, t)
-    with pytest.raises(InputError, match=r"labels are torch\.float64"):
+    with pytest.raises(InputError, match="labels are float64"):
         classifier_gradient(Mixture().classifier, x[0])
     with pytest.raises(InputError, match="one label per sample"):
         classifier_gradient(Mixture().classifier, torch.tensor([0]))(x, t)

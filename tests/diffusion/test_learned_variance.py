@@ -268,9 +268,14 @@ def test_outputs_of_another_shape_are_refused():
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="double the channels for a learned variance"):
         classifier_free(lambda x, t: torch.cat([x, x, x], 1), {}, {}, 2.0)(x, torch.tensor([9]))
-    with pytest.raises(InputError, match=r"the guidance gave \(1, 6, 4, 4\)"):
+    with pytest.raises(InputError, match=r"guidance: \(1, 6, 4, 4\) for x"):
         sample_ddpm(lambda x, t: x, x, fixed, [9], guidance=lambda x, t: both)
-    with pytest.raises(InputError, match=r"gave \(1, 6, 4, 4\)"):
+    with pytest.raises(InputError, match=r"denoiser: \(1, 6, 4, 4\) for x"):
         sample_flow_euler(lambda x, t: both, x, [1.0, 0.0])
+    with pytest.raises(InputError, match=r"gradient: \(1, 6, 4, 4\) for x"):
+        gradient_guided(lambda x, t: x, lambda x, t: both, 1.0, fixed)(x, torch.tensor([9]))
+    for extra in ({"gradient": both}, {"noise": both}):
+        with pytest.raises(InputError, match=r"\(1, 6, 4, 4\)"):
+            ddpm_step(x, 9, 5, x, fixed, **extra)
     with pytest.raises(InputError, match="needs None"):
         split_variance(torch.randn(5), torch.randn(5), learned)

@@ -133,7 +133,8 @@ def peer_steps(sampler, peer, x, generator=None, denoiser=denoiser):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("count", [1, 2, 5, 20, 50])
+# From 15 steps on the last one of DPM-Solver++ 2M is of second order where it does not go to 0.
+@pytest.mark.parametrize("count", [1, 2, 5, 14, 15, 20, 50])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("sampler", "karras"), WITH_KARRAS)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastldm.checks import same_shape
 from fastldm.diffusion.guidance import Denoiser, Gradient, finite, fraction
 from fastldm.diffusion.predictions import to_eps, to_x0
 from fastldm.diffusion.samplers.walk import (
@@ -23,7 +24,6 @@ from fastldm.diffusion.samplers.walk import (
     evaluate,
     needed_noise,
     randn,
-    same_shape,
     walk,
     whole_timesteps,
 )
@@ -55,6 +55,7 @@ def ddim_step(
     Args:
         eta: 0 = deterministic, 1 = as random as DDPM; `noise`, shaped like x, is needed when eta > 0.
     """
+    _check_fall(t, prev_t, schedule)
     alpha_bar = schedule.alphas_cumprod[t]
     prev_alpha_bar = schedule.alphas_cumprod[prev_t] if prev_t >= 0 else schedule.final_alpha_cumprod
     prediction, _ = split_variance(model_output, x, schedule)
@@ -90,6 +91,7 @@ def ddpm_step(
             there a learned range begins at that of the step from last_t to t; None = t + 1. Where there is no
             such step, the range is beta alone.
     """
+    _check_fall(t, prev_t, schedule)
     alpha_bar = schedule.alphas_cumprod[t]
     prev_alpha_bar = schedule.alphas_cumprod[prev_t] if prev_t >= 0 else torch.tensor(1.0)
     alpha = alpha_bar / prev_alpha_bar
@@ -112,9 +114,9 @@ def ddpm_step(
     else:
         variance = _posterior_variance(t, prev_t, schedule)
     if gradient is not None:
-        prev = prev + (variance * gradient).to(x.dtype)
+        prev = prev + (variance * same_shape("gradient", gradient, x)).to(x.dtype)
     if noise is not None:
-        prev = prev + (variance**0.5 * noise).to(x.dtype)
+        prev = prev + (variance**0.5 * needed_noise(noise, x)).to(x.dtype)
     return SamplerStep(prev, x0)
 
 
@@ -221,6 +223,14 @@ def sample_plms(
         return plms_step(outputs, t, prev_t, x, schedule)
 
     return walk(step, x, steps, callback, progress)
+
+
+def _check_fall(t: int, prev_t: int, schedule: NoiseSchedule) -> None:
+    last = schedule.num_train_timesteps - 1
+    if not 0 <= t <= last or prev_t >= t:
+        raise InputError(
+            f"a step from timestep {t} to {prev_t}: the first must be in 0 to {last}, and the second below it"
+        )
 
 
 def _posterior_variance(t: int, prev_t: int, schedule: NoiseSchedule) -> Tensor:

@@ -104,10 +104,12 @@ def heun_step(
     x0 = predicted_x0(model_output, sigma, x, schedule)
     ahead = towards(x0, sigma, next_sigma, x)
     next_x0 = predicted_x0(next_output, next_sigma, ahead, schedule)
-    slope = (x / _scale(sigma) - x0) / sigma
-    next_slope = (ahead / _scale(next_sigma) - next_x0) / next_sigma
-    moved = x / _scale(sigma) + (next_sigma - sigma) / 2 * (slope + next_slope)
-    return SamplerStep(_scale(next_sigma) * moved, next_x0)
+    # Euler's step and half the change of the slope, both at the scale of next_sigma: x / scale(sigma) itself
+    # is beyond float16 where the noise is strong.
+    scale = _scale(next_sigma)
+    slope = scale / (_scale(sigma) * sigma) * x - scale / sigma * x0
+    next_slope = (ahead - scale * next_x0) / next_sigma
+    return SamplerStep(ahead + (next_sigma - sigma) / 2 * (next_slope - slope), next_x0)
 
 
 def sample_euler(

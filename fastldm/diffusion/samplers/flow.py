@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastldm.checks import is_count, same_shape
 from fastldm.diffusion.guidance import Denoiser
-from fastldm.diffusion.samplers.walk import Callback, SamplerStep, evaluate, falling_sigmas, same_shape, walk
+from fastldm.diffusion.samplers.walk import Callback, SamplerStep, evaluate, falling_sigmas, walk
 from fastldm.errors import InputError
 
 
@@ -31,8 +32,8 @@ def flow_sigmas(num_inference_steps: int, shift: float = 1.0, num_train_timestep
 
     They are even between 1 and the shifted 1 / num_train_timesteps, and then shifted (both ends, as there).
     """
-    if not 1 <= num_inference_steps <= num_train_timesteps:
-        raise InputError(f"num_inference_steps={num_inference_steps}: use 1 to {num_train_timesteps}")
+    if not is_count(num_inference_steps) or num_inference_steps > num_train_timesteps:
+        raise InputError(f"num_inference_steps={num_inference_steps!r}: use 1 to {num_train_timesteps}")
     lowest = shift_sigmas(torch.tensor(1 / num_train_timesteps, dtype=torch.float64), shift).item()
     even = torch.linspace(1, lowest, num_inference_steps, dtype=torch.float64)
     return torch.cat([shift_sigmas(even, shift), even.new_zeros(1)]).float()

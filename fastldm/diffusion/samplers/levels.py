@@ -46,10 +46,10 @@ def karras_sigmas(sigma_max: float, sigma_min: float, count: int, rho: float = 7
     Raises:
         InputError: unless 0 < sigma_min < sigma_max, count >= 1 and rho > 0.
     """
-    if not 0 < sigma_min < sigma_max < float("inf") or count < 1 or not 0 < rho < float("inf"):
+    if not 0 < sigma_min < sigma_max < float("inf") or not is_count(count) or not 0 < rho < float("inf"):
         raise InputError(
             f"sigma_max={sigma_max}, sigma_min={sigma_min}, count={count}, rho={rho}: "
-            "need 0 < sigma_min < sigma_max, count >= 1 and rho > 0"
+            "need 0 < sigma_min < sigma_max, a whole count from 1 and rho > 0"
         )
     ramp = torch.linspace(0, 1, count, dtype=torch.float64)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
@@ -81,6 +81,8 @@ def noise_levels(
     """
     spacing = schedule.timestep_spacing if spacing is None else spacing
     count, total = num_inference_steps, schedule.num_train_timesteps
+    if not isinstance(karras, bool):
+        raise InputError(f"karras={karras!r}: give True or False")
     if sampler in WHOLE_TIMESTEPS:
         if karras:
             others = ", ".join(WITH_KARRAS)
@@ -134,7 +136,13 @@ def _without_the_last(schedule: NoiseSchedule, count: int, spacing: str) -> Tens
     if spacing == "trailing":
         return schedule.timesteps(count, spacing)
     if spacing == "leading":
-        return torch.arange(count, 0, -1) * (total // (count + 1)) + schedule.steps_offset
+        steps = torch.arange(count, 0, -1) * (total // (count + 1)) + schedule.steps_offset
+        if steps[0] >= total:
+            raise InputError(
+                f"num_inference_steps={count} with steps_offset={schedule.steps_offset} asks for timestep "
+                f"{steps[0]}; the last trained one is {total - 1}: use fewer steps or steps_offset=0"
+            )
+        return steps
     if spacing == "linspace":
         return torch.from_numpy(np.linspace(0, total - 1, count + 1).round()[:0:-1].astype(np.int64))
     raise InputError(f"spacing={spacing!r} is not offered; use one of {', '.join(TIMESTEP_SPACINGS)}")

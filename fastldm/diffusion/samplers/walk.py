@@ -70,18 +70,10 @@ def check_generators(generator: Generators, samples: int) -> None:
 
 
 def evaluate(function: Denoiser | Gradient, x: Tensor, t: float) -> Tensor:
-    """function(x, t) at timestep t: int64 (B,) for a whole one, float32 (B,) for a fractional one."""
+    """function(x, t) in x's dtype, at timestep t: int64 (B,) for a whole one, float32 (B,) for a fractional
+    one."""
     dtype = torch.int64 if isinstance(t, int) else torch.float32
-    return function(x, torch.full((x.shape[0],), t, dtype=dtype, device=x.device))
-
-
-def same_shape(name: str, output: Tensor, x: Tensor) -> Tensor:
-    """`output`, which must be shaped like x."""
-    if output.shape != x.shape:
-        raise InputError(
-            f"the {name} gave {tuple(output.shape)} for x {tuple(x.shape)}: it must keep the shape"
-        )
-    return output
+    return function(x, torch.full((x.shape[0],), t, dtype=dtype, device=x.device)).to(x.dtype)
 
 
 def walk(
@@ -116,6 +108,8 @@ def falling_timesteps(timesteps: Timesteps, schedule: NoiseSchedule, *, strictly
     Raises:
         InputError: if there is none, one is outside 0 ... num_train_timesteps - 1, or they do not fall.
     """
+    if isinstance(timesteps, Tensor) and timesteps.ndim != 1:
+        raise InputError(f"timesteps are {described(timesteps)}: give them in one row, (N,)")
     steps = timesteps.tolist() if isinstance(timesteps, Tensor) else [_number(t) for t in timesteps]
     last = schedule.num_train_timesteps - 1
     if not steps:
