@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal
 
-from fastldm.errors import InputError
-
 # Letters whose names begin with a vowel, as the first of an abbreviation: an LDM, an SDE.
 _SPELT_WITH_AN = "AEFHILMNORSX"
 
@@ -30,14 +28,6 @@ def is_fraction(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number from 1."""
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
-
-
-def same_shape(name: str, value: Any, x: Any) -> Any:
-    """`value`; InputError unless it is a tensor of the shape of x. `name`: what it is, or who made it."""
-    if getattr(value, "shape", None) != x.shape:
-        found = tuple(value.shape) if hasattr(value, "shape") else described(value)
-        raise InputError(f"{name}: {found} for x {tuple(x.shape)}; the shapes must be the same")
-    return value
 
 
 def described(value: Any) -> str:

@@ -19,6 +19,9 @@ from fastldm.cli.common import (
 )
 from fastldm.errors import InputError
 
+# Pictures that go through the networks at once, and that one PNG shows.
+_BATCH, _MOST = 64, 4096
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="+", metavar="CAPTION", help="captions, each in quotes")
@@ -65,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     captions = _captions(arguments.prompt)
+    if not 1 <= arguments.num_images <= _MOST // len(captions):
+        raise InputError(
+            f"--num-images {arguments.num_images} for {len(captions)} captions: give 1 or more, and up to "
+            f"{_MOST} pictures in all; another --seed draws others"
+        )
     if arguments.clip_scale is not None and arguments.clip is None:
         raise InputError("--clip-scale is for --clip FOLDER; add the folder of a CLIP")
     out = Path(arguments.out)
@@ -85,36 +93,53 @@ def run(arguments: argparse.Namespace) -> None:
             if getattr(pipeline, "upsampler", None) is None:
                 raise InputError("--upsampler-steps is for GLIDE with an upsampler; add --upsampler FOLDER")
             of_upsampler["upsampler_steps"] = arguments.upsampler_steps
-        guide = None
+        clip = None
         if arguments.clip is not None:
-            guide = CLIPScorer.from_pretrained(arguments.clip).to(pipeline.device).gradient(captions)
+            clip = CLIPScorer.from_pretrained(arguments.clip).to(pipeline.device)
         loaded = time.perf_counter()
+        generator = torch.Generator().manual_seed(arguments.seed)
+        wanted = [caption for caption in captions for _ in range(arguments.num_images)]
+        images = []
         with fastldm.record() as calls:
-            images = pipeline(
-                captions,
-                num_inference_steps=arguments.num_inference_steps,
-                guidance_scale=arguments.guidance_scale,
-                negative_prompt=arguments.negative_prompt,
-                num_images_per_prompt=arguments.num_images,
-                eta=arguments.eta,
-                karras=arguments.karras,
-                generator=torch.Generator().manual_seed(arguments.seed),
-                progress=sys.stderr.isatty(),
-                gradient=guide,
-                gradient_scale=arguments.clip_scale,
-                **of_upsampler,
-            ).images
+            for start in range(0, len(wanted), _BATCH):
+                some = wanted[start : start + _BATCH]
+                images += pipeline(
+                    some,
+                    num_inference_steps=arguments.num_inference_steps,
+                    guidance_scale=arguments.guidance_scale,
+                    negative_prompt=arguments.negative_prompt,
+                    eta=arguments.eta,
+                    karras=arguments.karras,
+                    generator=generator,
+                    progress=sys.stderr.isatty(),
+                    gradient=None if clip is None else clip.gradient(some),
+                    gradient_scale=arguments.clip_scale,
+                    **of_upsampler,
+                ).images
         sampled = time.perf_counter()
-    if len(images) == 1:
-        picture = images[0]
-    else:
-        picture = grid(images, [caption for caption in captions for _ in range(arguments.num_images)])
+    picture = images[0] if len(images) == 1 else grid(images, wanted)
     write_file(out, png_bytes(picture))
+    if arguments.model == "shapes":
+        _note_other_captions(captions)
     print(out.resolve())
     for op, names in calls.backends().items():
         print(f"  {op:<14} {', '.join(names)}")
     print(f"  {'load':<14} {loaded - started:.2f} s")
     print(f"  {'sample':<14} {sampled - loaded:.2f} s on {pipeline.device}")
+
+
+def _note_other_captions(captions: list[str]) -> None:
+    """Says which captions are made of known words, but not as those that the shipped model has learned."""
+    from fastldm.training.datasets.shapes import parse_caption
+
+    for caption in captions:
+        try:
+            parse_caption(caption)
+        except InputError:
+            print(
+                f"fastldm: {caption!r} is no caption of the kind that this model has learned; see the README",
+                file=sys.stderr,
+            )
 
 
 def _steps(text: str) -> int | str:
@@ -125,5 +150,7 @@ def _steps(text: str) -> int | str:
 def _captions(words: list[str]) -> list[str]:
     """Captions as typed; several single words are one caption whose quotes were forgotten."""
     if len(words) > 1 and not any(" " in word.strip() for word in words):
-        return [" ".join(words)]
+        caption = " ".join(words)
+        print(f"fastldm: reading the words as one caption, {caption!r}", file=sys.stderr)
+        return [caption]
     return words

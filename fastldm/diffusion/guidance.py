@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastldm.checks import described, is_fraction, is_number, same_shape
+from fastldm.checks import described, is_fraction, is_number
+from fastldm.diffusion.predictions import same_shape
 from fastldm.diffusion.schedules import NoiseSchedule, check_threshold
 from fastldm.diffusion.variance import split_variance
 from fastldm.errors import InputError

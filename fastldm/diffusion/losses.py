@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastldm.checks import is_number, same_shape
-from fastldm.diffusion.predictions import to_x0
+from fastldm.checks import is_number
+from fastldm.diffusion.predictions import same_shape, to_x0
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.diffusion.variance import learned_log_variance, split_variance
 from fastldm.errors import InputError

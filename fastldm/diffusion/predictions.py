@@ -5,9 +5,12 @@ All functions take abar_t as a number, or as a tensor that broadcasts against th
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from fastldm.errors import ConfigError
+from fastldm.checks import described
+from fastldm.errors import ConfigError, InputError
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -43,6 +46,14 @@ def to_eps(model_output: Tensor, x_t: Tensor, alpha_bar: Tensor | float, predict
     if prediction_type == "v_prediction":
         return alpha_bar**0.5 * model_output + (1 - alpha_bar) ** 0.5 * x_t
     raise _unknown(prediction_type)
+
+
+def same_shape(name: str, value: Any, x: Any) -> Any:
+    """`value`; InputError unless it is a tensor of the shape of x. `name`: what it is, or who made it."""
+    if getattr(value, "shape", None) != x.shape:
+        found = tuple(value.shape) if hasattr(value, "shape") else described(value)
+        raise InputError(f"{name}: {found} for x {tuple(x.shape)}; the shapes must be the same")
+    return value
 
 
 def _unknown(prediction_type: str) -> ConfigError:

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastldm.checks import is_count, is_fraction, is_number, same_shape
+from fastldm.checks import is_count, is_fraction, is_number
 from fastldm.diffusion import predictions, scheduler_config
+from fastldm.diffusion.predictions import same_shape
 from fastldm.errors import ConfigError, InputError
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -231,6 +232,10 @@ class NoiseSchedule:
 
         t (B,) int64, or float for timesteps in between, where sigma = sqrt(1 / abar - 1) is linear in t.
         """
+        last = self.num_train_timesteps - 1
+        # Those of a GPU are not read: that would wait for it.
+        if t.device.type == "cpu" and len(t) and not 0 <= t.min() <= t.max() <= last:
+            raise InputError(f"timesteps {t.min()} to {t.max()}: each must be in 0 to {last}")
         alphas_cumprod = self.alphas_cumprod.to(t.device)
         if t.is_floating_point():
             below = t.floor().long()

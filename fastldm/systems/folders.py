@@ -38,6 +38,12 @@ def find_pipeline(path: str | os.PathLike) -> Path:
     if not folder.exists() and folder.parent == Path("."):
         shipped = ", ".join(shipped_models()) or "none"
         raise CheckpointError(f"no folder {name!r}, and no shipped model of that name (shipped: {shipped})")
+    if (folder / "config.json").is_file() and not (folder / INDEX).is_file():
+        config = read_json(folder / "config.json")
+        kind = config.get("_class_name") or (config.get("architectures") or ["model"])[0]
+        raise CheckpointError(
+            f"{folder} holds {with_article(str(kind))}, which is no pipeline; give a folder with {INDEX}"
+        )
     return resolve_folder(path, None, INDEX)
 
 

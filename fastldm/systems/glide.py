@@ -237,7 +237,7 @@ class GlidePipeline:
         if gradient is not None:
             check_gradient(gradient, shape, None, self.base.schedule, len(prompts))
         x = first_noise(shape, generator, latents, self.device)
-        known = self._known(image, mask, len(prompts), num_images_per_prompt)
+        known = self._known(list(self._stages.values()), image, mask, len(prompts), num_images_per_prompt)
         of_upsampler = {
             "steps": upsampler_steps,
             "temperature": upsampler_temperature,
@@ -354,7 +354,7 @@ class GlidePipeline:
             )
         check_range("the pixels of low_res", low_res)
         enlarge = self._upsampling(prompts, 1, upsampler_steps, upsampler_temperature, upsampler_sampler)
-        known = self._known(image, mask, len(prompts), 1)
+        known = self._known([self.upsampler], image, mask, len(prompts), 1)
         with evaluating(self.networks):
             x = enlarge(low_res.to(self.device), known=known, generator=generator, progress=progress)
         return ImagePipelineOutput(x if output_type == "latent" else as_output(x, output_type))
@@ -403,18 +403,19 @@ class GlidePipeline:
         each = len(prompts) // len(negatives) * repeats
         return own, {key: value.repeat_interleave(each, dim=0) for key, value in null.items()}
 
-    def _known(self, image: Any, mask: Any, prompts: int, repeats: int) -> Known | None:
-        """What inpainting keeps, at the size of the pictures that come out."""
+    def _known(
+        self, stages: Sequence[GlideStage], image: Any, mask: Any, prompts: int, repeats: int
+    ) -> Known | None:
+        """What these stages keep in inpainting, at the size of the pictures that come out."""
         if image is None and mask is None:
             return None
         if image is None or mask is None:
             raise InputError("image and mask go together: give both to inpaint, or neither")
-        if not self.networks[0].config.inpaint:
+        if not stages[0].unet.config.inpaint:
             raise InputError(
                 "this model was not trained to inpaint; train it further with inpainting=true "
                 "(`fastldm train glide`)"
             )
-        stages = list(self._stages.values())
         sizes = [stage.shape[-1] for stage in stages]
         known = read_known(image, mask, stages[-1].shape, sizes, prompts).repeated(repeats)
         return Known(known.image.to(self.device), known.mask.to(self.device))

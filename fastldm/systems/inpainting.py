@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,10 @@ def read_known(image: Any, mask: Any, shape: tuple[int, int, int], sizes: Sequen
             "[-1, 1], or PIL images"
         )
     check_range("the pixels of the image", image)
-    return Known(image.float(), ~_to_paint(mask, size, sizes, count))
+    painted = _to_paint(mask, size, sizes, count)
+    if not bool(painted.any()):
+        warnings.warn("the mask is black everywhere: nothing is painted; paint white where to", stacklevel=5)
+    return Known(image.float(), ~painted)
 
 
 def pictures_of(name: str, given: Any, size: int | None = None) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastldm.checks import described, is_count
+from fastldm.checks import described, is_count, is_number
 from fastldm.diffusion.guidance import Denoiser, Gradient, classifier_free
-from fastldm.diffusion.samplers import Generators, noise_levels
+from fastldm.diffusion.samplers import Generators, check_generators, noise_levels
 from fastldm.diffusion.scheduler_config import sampler_of
 from fastldm.diffusion.schedules import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
@@ -32,6 +32,7 @@ from fastldm.models.tokenizer import Tokenizer
 from fastldm.models.unet import UNet2DConditionModel
 from fastldm.models.vq_model import VQModel
 from fastldm.models.weights import read_json
+from fastldm.pictures import check_range
 from fastldm.systems import folders
 from fastldm.systems.guides import Guide, check_gradient
 from fastldm.systems.sampling import (
@@ -102,6 +103,10 @@ class LatentDiffusionPipeline:
         self.unet = unet
         self.schedule = schedule
         self.scaling_factor = first_stage.config.scaling_factor if scaling_factor is None else scaling_factor
+        if not is_number(self.scaling_factor) or not self.scaling_factor > 0:
+            raise ConfigError(
+                f"scaling_factor={self.scaling_factor!r}: give a number above 0, such as 0.18215"
+            )
         self.sampler = sampler
         self.karras = karras
         self.defaults = with_defaults(DEFAULTS, defaults)
@@ -181,8 +186,14 @@ class LatentDiffusionPipeline:
         Raises:
             InputError: for anything else.
         """
-        if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-            raise InputError(f"images are {described(images)}: give a float tensor (B, 3, H, W) in [-1, 1]")
+        channels = self.first_stage.config.get("in_channels", 3)
+        right = isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] == channels
+        if not right or not images.is_floating_point():
+            raise InputError(
+                f"images are {described(images)}: give a float tensor (B, {channels}, H, W) in [-1, 1]"
+            )
+        check_range("images", images)
+        check_generators(generator, len(images))
         self._check_size(*images.shape[-2:])
         output = self.first_stage.encode(images.to(self.device, self.dtype))
         if isinstance(self.first_stage, AutoencoderKL):

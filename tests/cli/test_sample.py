@@ -13,6 +13,7 @@ from PIL import Image
 
 from fastldm import dispatch
 from fastldm.cli import common, main
+from fastldm.cli import sample as cli_sample
 from fastldm.diffusion import NoiseSchedule
 from fastldm.diffusion.samplers import SAMPLERS
 from fastldm.models import CLIPModel, CLIPTokenizer, GlideTokenizer, GlideUNet
@@ -158,8 +159,9 @@ def test_clip_guides_to_the_captions(sample, clip, fails, model, tmp_path, monke
     assert not np.array_equal(guided, plain)
     sample(CAPTION, "a star", "--clip", str(clip), "--num-images", "2")
     assert [settings["gradient_scale"] for settings in calls] == [None, 0, 500, None]
-    x, t = torch.randn(2, 4, 16, 16), torch.tensor([3, 9])
-    wanted = CLIPScorer.from_pretrained(clip).gradient([CAPTION, "a star"])(x, t)
+    x, t = torch.randn(4, 4, 16, 16), torch.tensor([3, 3, 9, 9])
+    each = [CAPTION, CAPTION, "a star", "a star"]
+    wanted = CLIPScorer.from_pretrained(clip).gradient(each)(x, t)
     assert torch.equal(calls[-1]["gradient"](x, t), wanted)
 
     command = ["sample", CAPTION, "--model", model, "--out", tmp_path / "out.png"]
@@ -169,8 +171,43 @@ def test_clip_guides_to_the_captions(sample, clip, fails, model, tmp_path, monke
     assert "another first stage" in fails(*command, "--clip", clip)
 
 
-def test_words_without_quotes_are_one_caption(sample):
+def test_words_without_quotes_are_one_caption(sample, capfd):
     assert np.array_equal(sample(*CAPTION.split()), sample(CAPTION))
+    assert f"reading the words as one caption, {CAPTION!r}" in capfd.readouterr().err
+
+
+def test_memory_that_runs_out_is_said_in_one_line(model, fails, monkeypatch, tmp_path):
+    def full(*_, **__):
+        torch.empty(2**55)
+
+    monkeypatch.setattr(LatentDiffusionPipeline, "__call__", full)
+    assert "memory ran out" in fails("sample", CAPTION, "--model", model, "--out", tmp_path / "out.png")
+
+
+def test_many_pictures_go_through_the_networks_in_parts(sample, clip, monkeypatch):
+    batches = []
+    real = LatentDiffusionPipeline.__call__
+
+    def spy(self, prompt, **settings):
+        batches.append(prompt)
+        return real(self, prompt, **settings)
+
+    monkeypatch.setattr(LatentDiffusionPipeline, "__call__", spy)
+    monkeypatch.setattr(cli_sample, "_BATCH", 2)
+    command = [CAPTION, "a star", "--num-images", "3", "--clip", str(clip), "--clip-scale", "9"]
+    parts = sample(*command, "--num-inference-steps", "2")
+    assert batches == [[CAPTION, CAPTION], [CAPTION, "a star"], ["a star", "a star"]]
+    monkeypatch.setattr(cli_sample, "_BATCH", 64)
+    whole = sample(*command, "--num-inference-steps", "2")
+    assert np.abs(parts.astype(int) - whole.astype(int)).max() <= 1
+
+
+def test_a_caption_that_the_shipped_model_has_not_learned_to_read_is_noted(tmp_path, capfd):
+    command = ["--num-inference-steps", "2", "--out", str(tmp_path / "out.png")]
+    assert main(["sample", "red red red star", CAPTION, *command]) == 0
+    said = capfd.readouterr().err
+    assert "'red red red star' is no caption of the kind that this model has learned" in said
+    assert CAPTION not in said
 
 
 def test_flags_reach_the_pipeline(sample, monkeypatch):
@@ -190,12 +227,11 @@ def test_flags_reach_the_pipeline(sample, monkeypatch):
     sample(CAPTION, "--sampler", "ddpm")
     sample(CAPTION, "--sampler", "dpmpp_2m", "--karras")
     plain, told, ddpm, karras = calls
-    assert plain["prompt"] == told["prompt"] == [CAPTION]
+    assert (plain["prompt"], told["prompt"]) == ([CAPTION], [CAPTION, CAPTION])
     assert (plain["guidance_scale"], told["guidance_scale"]) == (None, 1.5)
     assert (plain["num_inference_steps"], told["num_inference_steps"]) == (None, 3)
     assert (plain["eta"], told["eta"]) == (0.0, 1.0)
     assert (plain["negative_prompt"], told["negative_prompt"]) == (None, "a blue star")
-    assert (plain["num_images_per_prompt"], told["num_images_per_prompt"]) == (1, 2)
     assert told["generator"].initial_seed() == 7
     assert (karras["sampler"], karras["karras"], plain["karras"]) == ("dpmpp_2m", True, None)
     assert (plain["sampler"], told["sampler"], ddpm["sampler"]) == ("ddim", "ddim", "ddpm")
@@ -240,7 +276,7 @@ def test_the_backend_of_the_environment_is_used_unless_a_flag_names_another(samp
     ("flags", "said"),
     [
         (["--model", "absent"], "absent"),
-        (["--num-images", "0"], "ask for a whole number from 1"),
+        (["--num-images", "0"], "--num-images 0 for 1 captions: give 1 or more"),
         (["--num-inference-steps", "0"], "num_inference_steps=0"),
         (["--num-inference-steps", "1001"], "num_inference_steps=1001"),
         (["--eta", "2"], "eta"),
@@ -252,7 +288,7 @@ def test_the_backend_of_the_environment_is_used_unless_a_flag_names_another(samp
         (["--device", "abacus"], "--device abacus"),
         (["--device", "meta"], "--device meta computes nothing"),
         (["--guidance-scale", "abc"], "abc is not a guidance scale"),
-        (["--num-images", "9999999999999"], "memory ran out"),
+        (["--num-images", "9999999999999"], "up to 4096 pictures in all"),
         (["--negative-prompt", "a zebra"], "'zebra'"),
     ],
 )

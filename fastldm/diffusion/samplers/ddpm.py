@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastldm.checks import same_shape
 from fastldm.diffusion.guidance import Denoiser, Gradient, finite, fraction
-from fastldm.diffusion.predictions import to_eps, to_x0
+from fastldm.diffusion.predictions import same_shape, to_eps, to_x0
 from fastldm.diffusion.samplers.walk import (
     Callback,
     Generators,

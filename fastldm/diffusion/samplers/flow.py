@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastldm.checks import is_count, same_shape
+from fastldm.checks import is_count
 from fastldm.diffusion.guidance import Denoiser
+from fastldm.diffusion.predictions import same_shape
 from fastldm.diffusion.samplers.walk import Callback, SamplerStep, evaluate, falling_sigmas, walk
 from fastldm.errors import InputError
 

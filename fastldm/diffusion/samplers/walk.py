@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -73,7 +74,10 @@ def evaluate(function: Denoiser | Gradient, x: Tensor, t: float) -> Tensor:
     """function(x, t) in x's dtype, at timestep t: int64 (B,) for a whole one, float32 (B,) for a fractional
     one."""
     dtype = torch.int64 if isinstance(t, int) else torch.float32
-    return function(x, torch.full((x.shape[0],), t, dtype=dtype, device=x.device)).to(x.dtype)
+    output = function(x, torch.full((x.shape[0],), t, dtype=dtype, device=x.device))
+    if not isinstance(output, Tensor):
+        raise InputError(f"the function at x and t gave {described(output)}; it must give a tensor")
+    return output.to(x.dtype)
 
 
 def walk(
@@ -108,9 +112,7 @@ def falling_timesteps(timesteps: Timesteps, schedule: NoiseSchedule, *, strictly
     Raises:
         InputError: if there is none, one is outside 0 ... num_train_timesteps - 1, or they do not fall.
     """
-    if isinstance(timesteps, Tensor) and timesteps.ndim != 1:
-        raise InputError(f"timesteps are {described(timesteps)}: give them in one row, (N,)")
-    steps = timesteps.tolist() if isinstance(timesteps, Tensor) else [_number(t) for t in timesteps]
+    steps = _numbers("timesteps", timesteps)
     last = schedule.num_train_timesteps - 1
     if not steps:
         raise InputError("there are no timesteps: give at least one, such as schedule.timesteps(50)")
@@ -127,7 +129,7 @@ def falling_sigmas(sigmas: Tensor | Sequence[float], count: int | None = None) -
     Raises:
         InputError: for a wrong number of them, one that is not finite or below 0, or ones that do not fall.
     """
-    levels = [float(sigma) for sigma in sigmas]
+    levels = [float(sigma) for sigma in _numbers("sigmas", sigmas)]
     if len(levels) < 2 or (count is not None and len(levels) != count + 1):
         wanted = "at least 2" if count is None else f"{count + 1} for {count} timesteps"
         raise InputError(f"{len(levels)} sigmas: give {wanted}, the last being where the walk ends (0)")
@@ -155,9 +157,14 @@ def bound(x0: Tensor, schedule: NoiseSchedule) -> Tensor:
     return x0
 
 
-def _number(t: float | Tensor) -> float:
-    value = t.item() if isinstance(t, Tensor) else t
-    return int(value) if isinstance(value, Integral) else float(value)
+def _numbers(name: str, values: Tensor | Sequence[float]) -> list[float]:
+    """One row of numbers as a list of int and float."""
+    row = values.tolist() if isinstance(values, Tensor | np.ndarray) and values.ndim == 1 else values
+    if isinstance(row, Sequence):
+        row = [v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for v in row]
+    if not isinstance(row, Sequence) or not all(isinstance(v, Real) for v in row):
+        raise InputError(f"{name} are {described(values)}: give numbers in one row, (N,)")
+    return [int(v) if isinstance(v, Integral) else float(v) for v in row]
 
 
 def _shown(values: Sequence[float]) -> str:
