@@ -71,7 +71,8 @@ class Task(Protocol):
     adversary: nn.Module | None
     """The part of `module` that has a loss of its own, a discriminator: its gradients are clipped apart."""
     dataset: Any
-    """Map-style data set of dictionaries."""
+    """Map-style data set of dictionaries. One that can change between two runs of a configuration has a
+    `fingerprint()`, JSON values with the number of "pictures", when the task is made."""
     every_step_trains_all: bool
     """Whether each step gives every trained parameter a gradient; else processes look for those without."""
 
@@ -128,8 +129,8 @@ def train(
         The exported folder, output_dir/name/model.
 
     Raises:
-        ConfigError: the run exists and `resume` is not set, or its configuration, its first stage or its
-            number of processes differs.
+        ConfigError: the run exists and `resume` is not set, or its configuration, its data, its first
+            stage or its number of processes differs.
         CheckpointError: a checkpoint cannot be written or read.
         TrainingError: the loss, or something that a checkpoint would hold, is not finite.
         TrainingInterrupted: Ctrl-C; a checkpoint of the last finished step is written first.
@@ -176,7 +177,11 @@ class _Run:
 
         torch.manual_seed(config.seed)
         self.task = build_task()
+        # Before `to`, which may put cached latents in the place of the pictures.
+        fingerprint = getattr(self.task.dataset, "fingerprint", None)
+        self.data = None if fingerprint is None else fingerprint()
         if checkpoint is not None:
+            self._check_data(checkpoint, latest)
             self.task.load_state(checkpoint.task)
         if not self.task.every_step_trains_all:
             self.accelerator.ddp_handler = accelerate.DistributedDataParallelKwargs(
@@ -356,6 +361,7 @@ class _Run:
                 scaler=None if scaler is None else scaler.state_dict(),
                 task=self.task.state(),
                 config=to_mapping(self.config),
+                data=self.data,
             )
             save_checkpoint(self.checkpoints, checkpoint, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
@@ -411,6 +417,17 @@ class _Run:
                 f"pictures and noise than before; launch {checkpoint.processes}, as the run had"
             )
         return checkpoint
+
+    def _check_data(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Another folder would give words other tokens, and show its pictures in another order."""
+        if checkpoint.data in (None, self.data):
+            return
+        had, has = checkpoint.data["pictures"], 0 if self.data is None else self.data["pictures"]
+        what = "other names, captions or classes" if had == has else f"{has} pictures instead of {had}"
+        raise ConfigError(
+            f"cannot resume {path}: the folder data.path={self.config.data.path} has changed since that "
+            f"checkpoint ({what}); put it back as it was, or begin a run with another name"
+        )
 
     def _claim_folder(self) -> None:
         """Find out now, not at the first checkpoint, that the run has nowhere to write."""
