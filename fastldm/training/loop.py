@@ -172,9 +172,18 @@ class _Run:
         self.progress = progress and self.main
         latest = self._latest(resume)
         checkpoint = None if latest is None else self._load(latest)
-        if self.main:
-            self._claim_folder()
+        made = self._claim_folder() if self.main else []
+        try:
+            self._set_up(build_task, checkpoint, latest)
+        except BaseException:
+            _remove_empty(made)
+            raise
 
+    def _set_up(
+        self, build_task: Callable[[], Task], checkpoint: Checkpoint | None, latest: Path | None
+    ) -> None:
+        """Everything from the task to the optimiser, as it was in the checkpoint if there is one."""
+        config = self.config
         torch.manual_seed(config.seed)
         self.task = build_task()
         # Before `to`, which may put cached latents in the place of the pictures.
@@ -184,7 +193,7 @@ class _Run:
             self._check_data(checkpoint, latest)
             self.task.load_state(checkpoint.task)
         if not self.task.every_step_trains_all:
-            self.accelerator.ddp_handler = accelerate.DistributedDataParallelKwargs(
+            self.accelerator.ddp_handler = require("accelerate").DistributedDataParallelKwargs(
                 find_unused_parameters=True
             )
         self.module = self.task.module
@@ -429,8 +438,12 @@ class _Run:
             f"checkpoint ({what}); put it back as it was, or begin a run with another name"
         )
 
-    def _claim_folder(self) -> None:
-        """Find out now, not at the first checkpoint, that the run has nowhere to write."""
+    def _claim_folder(self) -> list[Path]:
+        """Find out now, not at the first checkpoint, that the run has nowhere to write.
+
+        Returns the folders that were made for that, the innermost first.
+        """
+        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -438,6 +451,7 @@ class _Run:
         if not os.access(self.folder, os.W_OK):
             raise CheckpointError(f"cannot write to {self.folder}: permission denied")
         remove_leftovers(self.checkpoints)
+        return made
 
     def _batches(self, *, start: int = 0, process: int | None = None) -> Iterator[dict]:
         config = self.config
@@ -487,6 +501,15 @@ class _Run:
             io.atomic_write(path, data)
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove each of the folders that holds nothing; after one that does, stop."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:

@@ -251,6 +251,25 @@ def test_resuming_with_another_number_of_processes_is_refused(line_config):
     assert "\n" not in str(caught.value)
 
 
+def test_a_start_that_fails_leaves_no_empty_folder(line_config, tmp_path):
+    def broken():
+        raise ConfigError("nothing fits")
+
+    config = line_config()
+    with pytest.raises(ConfigError, match="nothing fits"):
+        train(config, broken, progress=False)
+    assert not list(tmp_path.iterdir())
+    # What was there before stays, and so does a run.
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ConfigError, match="nothing fits"):
+        train(config, broken, progress=False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
+    train(line_config("max_steps=2"), LineTask, progress=False)
+    with pytest.raises(ConfigError, match="nothing fits"):
+        train(config, broken, resume=True, progress=False)
+    assert len(list_checkpoints(tmp_path / "runs" / config.name / "checkpoints")) == 1
+
+
 def captions_swapped(lines):
     rows = [json.loads(line) for line in lines]
     return [json.dumps({**row, "text": other["text"]}) for row, other in zip(rows, rows[::-1])]
