@@ -28,7 +28,7 @@ from torch import nn
 from fastldm import io
 from fastldm.errors import CheckpointError
 
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-\d+")
 
 
 @dataclass
@@ -53,8 +53,12 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a folder of `list_checkpoints` was written after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def remove_leftovers(folder: str | Path) -> None:
