@@ -4,7 +4,7 @@
     ema.safetensors     their moving average (absent without EMA)
     optimizer.pt        optimiser state, and the loss scaler's with fp16
     state.json          step, EMA updates, number of processes, what the task keeps (latent scaling, the hash
-                        of its first stage), the configuration
+                        of its first stage), the fingerprint of a folder of pictures, the configuration
 
 A checkpoint is written to a temporary folder, flushed and renamed, so a folder named `step-*` is always
 complete. No random state is stored: every random number of the loop is a function of (seed, step, micro-step,
@@ -28,7 +28,7 @@ from torch import nn
 from fastldm import io
 from fastldm.errors import CheckpointError
 
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-\d+")
 
 
 @dataclass
@@ -44,6 +44,8 @@ class Checkpoint:
     scaler: dict[str, Any] | None
     task: dict[str, Any]
     config: dict[str, Any]
+    data: dict[str, Any] | None = None
+    """Fingerprint of the data set; None for one that follows from the configuration."""
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -51,8 +53,12 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a folder of `list_checkpoints` was written after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -84,6 +90,7 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, *, keep: int) ->
                 "processes": checkpoint.processes,
                 "task": checkpoint.task,
                 "config": checkpoint.config,
+                "data": checkpoint.data,
             }
             (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -118,6 +125,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             scaler=optimizer["scaler"],
             task=state["task"],
             config=state["config"],
+            data=state.get("data"),  # absent before fingerprints were kept
         )
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())

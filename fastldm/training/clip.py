@@ -8,6 +8,7 @@ latent diffusion, x are the latents of its first stage.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,11 @@ class CLIPTask:
             raise ConfigError(
                 f"CLIP needs a caption for each picture, and {config.data.path} has none: add metadata.jsonl"
             )
+        check_pairs(config, self.pictures)
         self.first_stage = FrozenFirstStage(config.first_stage, config.data.size, config.seed)
         self.schedule = self.first_stage.noise(config.schedule) if config.noised else None
         self.tokenizer = build_tokenizer(config, self.pictures)
-        warn_of_long_captions(self.pictures, self.tokenizer, "max_length")
+        warn_of_long_captions(self.pictures, self.tokenizer, "see max_length")
         fields = model_config(config, self.tokenizer, self.first_stage.shape)
         model = CLIPModel.from_config(fields)
         if config.gradient_checkpointing:
@@ -131,6 +133,34 @@ class CLIPTask:
 
     def _ids(self, batch: dict) -> Tensor:
         return self.tokenizer(batch["caption"])
+
+
+def check_pairs(config: CLIPTrainingConfig, pictures: Any) -> None:
+    """Whether the pairs of a batch can be told apart.
+
+    Warns where all captions of a folder are the same.
+
+    Raises:
+        ConfigError: a batch is larger than the folder, so that pictures would stand against themselves.
+    """
+    if config.data.source == "shapes":
+        return
+    captions = captions_of(pictures)
+    processes = distributed.get_world_size() if distributed.is_initialized() else 1
+    if config.batch_size * processes > len(captions):
+        across = f" in each of {processes} processes" if processes > 1 else ""
+        most = len(captions) // processes
+        lower = f"set batch_size to at most {most}, or " if most >= 2 else ""
+        raise ConfigError(
+            f"batch_size={config.batch_size}{across} for the {len(captions)} pictures of {config.data.path}: "
+            f"pictures would be negatives of themselves; {lower}add pictures"
+        )
+    if len(set(captions)) == 1:
+        warnings.warn(
+            f"all {len(captions)} captions of {config.data.path} are {captions[0]!r}: no picture can be told "
+            "from another by its text, and CLIP learns nothing; write captions that differ",
+            stacklevel=2,
+        )
 
 
 def build_tokenizer(config: CLIPTrainingConfig, pictures: Any) -> CLIPTokenizer:

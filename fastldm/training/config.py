@@ -275,7 +275,7 @@ class CLIPTrainingConfig(TrainingConfig):
     first_stage: FrozenFirstStageConfig = field(default_factory=_pixels)
     """Where the image tower is trained: in pixels, or on the latents of a first stage."""
     cache_latents: bool = False
-    """As in LatentDiffusionConfig."""
+    """Encode the data once, before training; in pixels it changes nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -299,7 +299,7 @@ class ClassifierConfig(TrainingConfig):
     first_stage: FrozenFirstStageConfig = field(default_factory=_pixels)
     """Where the classifier is trained: in pixels, or on the latents of a first stage."""
     cache_latents: bool = False
-    """As in LatentDiffusionConfig."""
+    """Encode the data once, before training; in pixels it changes nothing."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from fastldm.training.datasets import CaptionedShapes, ImageFolder
 from fastldm.training.datasets.shapes import PAIRS, vocabulary
 
 _CAPTIONS_AT_ONCE = 1024
+_WORKERS_PER_CORE = 8
 
 
 def derive_seed(*parts: int) -> int:
@@ -83,7 +85,18 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 def build_dataset(data: DataConfig, seed: int) -> Dataset:
-    """The data set of a configuration; its items hold "image", and "caption" or "label"."""
+    """The data set of a configuration; its items hold "image", and "caption" or "label".
+
+    Raises:
+        ConfigError: no path of a folder, or more reading processes than this machine can run.
+        InputError: the folder cannot be trained on, see `ImageFolder`.
+    """
+    most = _WORKERS_PER_CORE * (os.cpu_count() or 1)
+    if data.num_workers > most:
+        raise ConfigError(
+            f"data.num_workers={data.num_workers} for {os.cpu_count()} cores; give at most {most}, or 0 to "
+            "read in the training process"
+        )
     if data.source == "shapes":
         return CaptionedShapes("train", data.kind, data.size, data.length, seed, data.attributes)
     if data.path is None:
@@ -101,12 +114,12 @@ def captions_of(pictures: Any) -> Sequence[str]:
     return pictures.captions
 
 
-def warn_of_long_captions(pictures: Any, tokenizer: Callable[[Sequence[str]], Any], key: str) -> None:
+def warn_of_long_captions(pictures: Any, tokenizer: Callable[[Sequence[str]], Any], remedy: str) -> None:
     """Say once how many captions of a data set are longer than the tokenizer's window; of the shapes, which
     are drawn as they are asked for, of a hundred.
 
     Args:
-        key: what sets the window, in the configuration.
+        remedy: what sets the window, and whether that can be changed.
     """
     if isinstance(pictures, CaptionedShapes):
         captions = [pictures.draw(index)[1] for index in range(min(len(pictures), 100))]
@@ -122,7 +135,7 @@ def warn_of_long_captions(pictures: Any, tokenizer: Callable[[Sequence[str]], An
     if cut:
         warnings.warn(
             f"{cut} of {len(captions)} captions are longer than the text window, and their ends are not "
-            f"read; see {key}",
+            f"read; {remedy}",
             stacklevel=2,
         )
 

@@ -25,6 +25,7 @@ from fastldm.systems.latent_diffusion import FIRST_STAGE_PARTS, FIRST_STAGES, Fi
 from fastldm.training.config import FrozenFirstStageConfig
 
 PIXELS = "pixels"
+_OTHERWISE = f"or set first_stage.path=shapes for the shipped one, or first_stage.path={PIXELS} for none"
 _ENCODE_BATCH = 64
 
 
@@ -82,8 +83,8 @@ class FrozenFirstStage:
             return 1.0
         if not path:
             raise ConfigError(
-                "first_stage.path is not set; give the `model` folder that `fastldm train vq` exported, or "
-                f"{PIXELS} for none"
+                "first_stage.path is not set; give the `model` folder that `fastldm train vq` exported, "
+                f"{_OTHERWISE}"
             )
         folder = Path(path)
         if not (folder / "config.json").is_file() and (
@@ -94,7 +95,8 @@ class FrozenFirstStage:
             name = json.loads((folder / "config.json").read_text("utf-8")).get("_class_name")
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"cannot read the first stage {path}/config.json: {error}; train one with `fastldm train vq`"
+                f"cannot read the first stage {path}/config.json: {error}; train one with `fastldm train "
+                f"vq`, {_OTHERWISE}"
             ) from error
         if name not in FIRST_STAGES:
             found = with_article(str(name))

@@ -134,8 +134,9 @@ class GlideTask:
                 f"GLIDE needs a caption for each picture, and {config.data.path} has none: add metadata.jsonl"
             )
         self.tokenizer, self.stage = build_stage(config, self.dataset)
-        window = "max_length" if config.start_from is None else "start_from"
-        warn_of_long_captions(self.dataset, self.tokenizer, window)
+        fixed = f"the window of the model in start_from={config.start_from} stays as it was trained"
+        remedy = "see max_length" if config.start_from is None else fixed
+        warn_of_long_captions(self.dataset, self.tokenizer, remedy)
         if config.gradient_checkpointing:
             self.stage.unet.enable_gradient_checkpointing()
         if config.compile:

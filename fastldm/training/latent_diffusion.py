@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from fastldm.diffusion import NoiseSchedule, drop_condition, hybrid_loss, noise_levels, simple_loss
-from fastldm.errors import ConfigError
+from fastldm.errors import ConfigError, InputError
 from fastldm.models.conditioners import ClassConditioner, SpatialConditioner, TextConditioner, predict
 from fastldm.models.text_transformer import LDMBertModel
 from fastldm.models.tokenizer import Tokenizer
@@ -205,7 +205,13 @@ class LatentDiffusionTask:
             raise ConfigError("sampling.prompts has no meaning for conditioner.kind=image; leave it empty")
         pipeline = self.pipeline()
         if sampling.prompts:
-            pipeline.conditioner.prepare(sampling.prompts)
+            try:
+                pipeline.conditioner.prepare(sampling.prompts)
+            except InputError as error:
+                raise ConfigError(
+                    f"sampling.prompts do not fit the data: {error}; set sampling.prompts=[] to show the "
+                    "first conditions of the data, or give others"
+                ) from error
         noise_levels(self.schedule, sampling.sampler, sampling.num_inference_steps)
 
 
@@ -221,7 +227,7 @@ def build_conditioner(config: LatentDiffusionConfig, pictures: Any) -> nn.Module
     else:
         tokenizer = Tokenizer.from_captions(captions_of(pictures), settings.max_length)
     window = "max_length" if settings.tokenizer is None else "tokenizer"
-    warn_of_long_captions(pictures, tokenizer, f"conditioner.{window}")
+    warn_of_long_captions(pictures, tokenizer, f"see conditioner.{window}")
     text_encoder = LDMBertModel.from_config(
         {
             "vocab_size": tokenizer.vocab_size,

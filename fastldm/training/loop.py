@@ -71,7 +71,8 @@ class Task(Protocol):
     adversary: nn.Module | None
     """The part of `module` that has a loss of its own, a discriminator: its gradients are clipped apart."""
     dataset: Any
-    """Map-style data set of dictionaries."""
+    """Map-style data set of dictionaries. One that can change between two runs of a configuration has a
+    `fingerprint()`, JSON values with the number of "pictures", when the task is made."""
     every_step_trains_all: bool
     """Whether each step gives every trained parameter a gradient; else processes look for those without."""
 
@@ -128,8 +129,8 @@ def train(
         The exported folder, output_dir/name/model.
 
     Raises:
-        ConfigError: the run exists and `resume` is not set, or its configuration, its first stage or its
-            number of processes differs.
+        ConfigError: the run exists and `resume` is not set, or its configuration, its data, its first
+            stage or its number of processes differs.
         CheckpointError: a checkpoint cannot be written or read.
         TrainingError: the loss, or something that a checkpoint would hold, is not finite.
         TrainingInterrupted: Ctrl-C; a checkpoint of the last finished step is written first.
@@ -171,15 +172,28 @@ class _Run:
         self.progress = progress and self.main
         latest = self._latest(resume)
         checkpoint = None if latest is None else self._load(latest)
-        if self.main:
-            self._claim_folder()
+        made = self._claim_folder() if self.main else []
+        try:
+            self._set_up(build_task, checkpoint, latest)
+        except BaseException:
+            _remove_empty(made)
+            raise
 
+    def _set_up(
+        self, build_task: Callable[[], Task], checkpoint: Checkpoint | None, latest: Path | None
+    ) -> None:
+        """Everything from the task to the optimiser, as it was in the checkpoint if there is one."""
+        config = self.config
         torch.manual_seed(config.seed)
         self.task = build_task()
+        # Before `to`, which may put cached latents in the place of the pictures.
+        fingerprint = getattr(self.task.dataset, "fingerprint", None)
+        self.data = None if fingerprint is None else fingerprint()
         if checkpoint is not None:
+            self._check_data(checkpoint, latest)
             self.task.load_state(checkpoint.task)
         if not self.task.every_step_trains_all:
-            self.accelerator.ddp_handler = accelerate.DistributedDataParallelKwargs(
+            self.accelerator.ddp_handler = require("accelerate").DistributedDataParallelKwargs(
                 find_unused_parameters=True
             )
         self.module = self.task.module
@@ -356,6 +370,7 @@ class _Run:
                 scaler=None if scaler is None else scaler.state_dict(),
                 task=self.task.state(),
                 config=to_mapping(self.config),
+                data=self.data,
             )
             save_checkpoint(self.checkpoints, checkpoint, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
@@ -412,8 +427,23 @@ class _Run:
             )
         return checkpoint
 
-    def _claim_folder(self) -> None:
-        """Find out now, not at the first checkpoint, that the run has nowhere to write."""
+    def _check_data(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Another folder would give words other tokens, and show its pictures in another order."""
+        if checkpoint.data in (None, self.data):
+            return
+        had, has = checkpoint.data["pictures"], 0 if self.data is None else self.data["pictures"]
+        what = "other names, captions or classes" if had == has else f"{has} pictures instead of {had}"
+        raise ConfigError(
+            f"cannot resume {path}: the folder data.path={self.config.data.path} has changed since that "
+            f"checkpoint ({what}); put it back as it was, or begin a run with another name"
+        )
+
+    def _claim_folder(self) -> list[Path]:
+        """Find out now, not at the first checkpoint, that the run has nowhere to write.
+
+        Returns the folders that were made for that, the innermost first.
+        """
+        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -421,6 +451,7 @@ class _Run:
         if not os.access(self.folder, os.W_OK):
             raise CheckpointError(f"cannot write to {self.folder}: permission denied")
         remove_leftovers(self.checkpoints)
+        return made
 
     def _batches(self, *, start: int = 0, process: int | None = None) -> Iterator[dict]:
         config = self.config
@@ -470,6 +501,15 @@ class _Run:
             io.atomic_write(path, data)
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove each of the folders that holds nothing; after one that does, stop."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:

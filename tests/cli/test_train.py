@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from fastldm.cli import main
+from fastldm.cli.train import _KINDS, config_class
 from fastldm.models.vq_model import VQModel
+from fastldm.training.config import load_config, shipped_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +34,45 @@ def test_train_prints_the_exported_folder_and_resumes(vq_file, tmp_path, capsys)
     VQModel.from_pretrained(folder)
     assert train("vq", "--config", vq_file, "name=a", "--resume", "batch_size=3", "max_steps=4") == 0
     assert (tmp_path / "runs" / "a" / "checkpoints" / "step-000004").is_dir()
+
+
+def test_resume_says_where_it_begins(vq_file, capsys, tmp_path):
+    def said(*arguments):
+        assert train("vq", "--config", vq_file, "name=a", *arguments) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastldm: ")]
+
+    run = tmp_path / "runs" / "a"
+    absent = f"fastldm: no checkpoint in {run / 'checkpoints'}; starting at step 0"
+    assert said("--resume", "max_steps=2") == [absent]
+    (finished,) = said("--resume", "max_steps=2")
+    assert finished.startswith(f"fastldm: {run} is already at step 2 of max_steps=2")
+    assert said("--resume", "max_steps=3") == []
+    assert said("name=b", "max_steps=1") == []
+
+
+def test_show_prints_the_configuration_and_trains_nothing(vq_file, tmp_path, capsys):
+    assert train("vq", "--config", vq_file, "--show", "optimizer.lr=0.5") == 0
+    shown = capsys.readouterr().out
+    assert "  # Side of the square training picture in pixels.\n  size: 32\n" in shown
+    assert "\n  lr: 0.5\n" in shown
+    assert not (tmp_path / "runs").exists()
+    again = tmp_path / "shown.yaml"
+    again.write_text(shown)
+    assert train("vq", "--config", again, "--show") == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_every_shipped_configuration_belongs_to_one_kind():
+    shipped = [name for kind in _KINDS.values() for name in kind.shipped]
+    assert sorted(shipped) == shipped_configs()
+    for kind, about in _KINDS.items():
+        for name in about.shipped:
+            load_config(config_class(kind), name)
+
+
+def test_a_shipped_configuration_of_another_kind_is_named(fails):
+    said = "shapes-ldm is a configuration of `fastldm train ldm`; for `train clip` give shapes-clip or"
+    assert said in fails("train", "clip", "--config", "shapes-ldm")
 
 
 def test_what_is_wrong_with_a_configuration_is_named(vq_file, fails, tmp_path):

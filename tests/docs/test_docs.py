@@ -8,10 +8,12 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from fastldm.cli import main, sample, train
 from fastldm.cli import reproduce as cli_reproduce
-from fastldm.cli import sample, train
 from fastldm.reproduce import CLAIMS, shipped_finding
 from fastldm.training.config import load_config
 
@@ -70,6 +72,37 @@ def test_commands_are_understood(command):
         load_config(train.config_class(given.kind), given.config, given.overrides)
     else:
         assert not rest
+
+
+def _own_pictures():
+    """The commands of "Your own pictures", each with what makes it small."""
+    section = TEXTS[ROOT / "docs" / "README.md"].partition("## Your own pictures")[2]
+    every = ["max_steps=2", "batch_size=2", "mixed_precision=no", "data.num_workers=0", "sample_every=0"]
+    drawn = ["sampling.num_inference_steps=2", "sampling.num_images=2"]
+    for line in blocks(section)[0].splitlines():
+        kind = shlex.split(line)[2]
+        fewer = drawn if kind in ("ldm", "glide") else []
+        yield pytest.param(line, [*every, *fewer], id=kind)
+
+
+@pytest.mark.parametrize(("command", "overrides"), list(_own_pictures()))
+def test_your_own_pictures_are_trained_on(command, overrides, tmp_path, monkeypatch, capsys):
+    _, *words = shlex.split(command)
+    folder, labels = tmp_path / "pictures", words[1] == "classifier"
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(4):
+        name = f"{'cats' if index % 2 else 'dogs'}/{index}.png" if labels else f"{index}.png"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (80, 64, 3), np.uint8)).save(folder / name)
+        rows.append(json.dumps({"file_name": name, "text": f"A photo of dog number {index}, asleep."}))
+    if not labels:
+        (folder / "metadata.jsonl").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, *overrides]) == 0
+    model = Path(capsys.readouterr().out.strip())
+    assert model.parent.name == f"mine-{words[1]}"
+    assert (model.parent / "samples" / "step-000002.png").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)

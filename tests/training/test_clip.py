@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -234,6 +236,37 @@ def test_a_folder_of_captioned_pictures_is_trained_on(clip_config, tmp_path):
     (tmp_path / "pictures" / "metadata.jsonl").unlink()
     with pytest.raises(ConfigError, match="needs a caption for each picture"):
         CLIPTask(clip_config(*data))
+
+
+def test_a_batch_holds_no_picture_of_a_folder_twice(clip_config, tmp_path, monkeypatch):
+    export_image_folder(CaptionedShapes("train", "one", 32, 8), tmp_path / "pictures")
+    data = ["data.source=image_folder", f"data.path={tmp_path / 'pictures'}"]
+    CLIPTask(clip_config("batch_size=8", *data))
+    with pytest.raises(ConfigError, match=r"batch_size=9 for the 8 pictures .*batch_size to at most 8"):
+        CLIPTask(clip_config("batch_size=9", *data))
+    # Pictures that also occur mirrored have one caption.
+    with pytest.raises(ConfigError, match=r"batch_size=9 for the 8 pictures"):
+        CLIPTask(clip_config("batch_size=9", "data.random_flip=true", *data))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    CLIPTask(clip_config("batch_size=2", *data))
+    with pytest.raises(ConfigError, match=r"batch_size=3 in each of 3 processes .* at most 2"):
+        CLIPTask(clip_config("batch_size=3", *data))
+
+
+def test_captions_that_are_all_the_same_are_said_once(clip_config, tmp_path):
+    export_image_folder(CaptionedShapes("train", "one", 32, 8), tmp_path / "pictures")
+    metadata = tmp_path / "pictures" / "metadata.jsonl"
+    config = clip_config("max_steps=2", "data.source=image_folder", f"data.path={tmp_path / 'pictures'}")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        CLIPTask(config)
+        assert not [one for one in said if "captions" in str(one.message)]
+        rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+        metadata.write_text("\n".join(json.dumps({**row, "text": "a dog"}) for row in rows))
+        run(config)
+    (line,) = [str(one.message) for one in said if "captions" in str(one.message)]
+    assert re.match(r"all 8 captions of .*pictures are 'a dog'", line)
 
 
 @pytest.mark.parametrize("cached", ["true", "false"])

@@ -8,6 +8,7 @@ import pytest
 
 from fastldm.diffusion.samplers import SAMPLERS
 from fastldm.errors import ConfigError, FastLDMError
+from fastldm.training.annotated import annotated_yaml
 from fastldm.training.config import (
     ClassifierConfig,
     CLIPTrainingConfig,
@@ -37,8 +38,28 @@ def test_shipped_configurations_load_and_survive_being_written(name, tmp_path):
     config = load_config(cls, name)
     assert config.name == name
     file = tmp_path / "config.yaml"
-    file.write_text(to_yaml(config))
-    assert load_config(cls, file) == config
+    for text in (to_yaml(config), annotated_yaml(config)):
+        file.write_text(text)
+        assert load_config(cls, file) == config
+
+
+def test_keys_are_shown_below_what_they_mean():
+    lines = annotated_yaml(load_config(GlideConfig, {"unet": {"dropout": 0.5}})).splitlines()
+
+    def above(line):
+        return lines[lines.index(line) - 1]
+
+    assert above("max_length: 12") == "# Tokens per caption."
+    assert above("batch_size: 64") == "# Pictures per process and micro-step."  # inherited
+    assert above("  size: 64") == "  # Side of the square training picture in pixels."
+    # Over two lines in the code, and wrapped again here.
+    start = lines.index("start_from: null")
+    said = " ".join(line.removeprefix("# ") for line in lines[start - 2 : start])
+    assert said.startswith("Folder of a trained GLIDE to train further: its network, tokenizer and schedule")
+    # Without a docstring there is no comment.
+    assert above("seed: 0") == "output_dir: runs"
+    assert above("  dropout: 0.5") == "unet:"
+    assert all(len(line) <= 114 for line in lines)
 
 
 def test_the_two_configurations_of_the_shipped_model_are_there():

@@ -370,6 +370,8 @@ def refused(folder) -> str:
 
 def test_missing_and_empty_folders(tmp_path):
     assert "nowhere does not exist" in refused(tmp_path / "nowhere")
+    (tmp_path / "list.txt").write_text("")
+    assert "list.txt is a file; give the folder" in refused(tmp_path / "list.txt")
     assert "has no pictures" in refused(tmp_path)
     write_metadata(tmp_path)
     assert "metadata.jsonl is empty" in refused(tmp_path)
@@ -384,7 +386,9 @@ def test_missing_and_empty_folders(tmp_path):
     [
         ({"file_name": "b.png", "text": "x"}, "line 2 names b.png, which does not exist"),
         ({"file_name": "a.png"}, "line 2 has no caption 'text' for a.png (other keys: none)"),
-        ({"file_name": "a.png", "text": None}, "line 2 has no caption 'text'"),
+        ({"file_name": "a.png", "text": None}, "line 2 has no caption 'text' for a.png (other keys: none)"),
+        ({"file_name": "a.png", "text": 7}, "line 2: the caption 'text' of a.png is 7, which is not text"),
+        ({"file_name": "a.png", "text": ["x"]}, """'text' of a.png is ["x"], which is not text"""),
         ({"file_name": "a.png", "caption": "x"}, "(other keys: caption)"),
         ({"text": "x"}, "line 2 does not name a picture"),
         ('["a.png", "x"]', "line 2 does not name a picture"),
@@ -411,7 +415,11 @@ def test_picture_without_a_line(tmp_path):
 
 def test_bad_pictures(tmp_path):
     save(tmp_path / "a" / "small.png", (40, 30))
-    assert "small.png is 30 pixels on its shorter side; the training size is 32" in refused(tmp_path / "a")
+    save(tmp_path / "a" / "smaller.png", (24, 40))
+    save(tmp_path / "a" / "whole.png", (40, 40))
+    said = refused(tmp_path / "a")
+    assert "small.png is 30 pixels on its shorter side; the training size is 32 (2 of 3 pictures" in said
+    assert "set data.size to at most 24" in said
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "text.png").write_text("not a picture")
     assert "text.png cannot be read" in refused(tmp_path / "b")
@@ -425,4 +433,6 @@ def test_bad_pictures(tmp_path):
     Image.fromarray(noise).save(tmp_path / "e" / "cut.jpg")
     whole = (tmp_path / "e" / "cut.jpg").read_bytes()
     (tmp_path / "e" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    assert "cut.jpg cannot be read" in refused(tmp_path / "e")
+    said = refused(tmp_path / "e")
+    assert "cut.jpg cannot be read" in said
+    assert "replace it (a run can then be resumed), or remove it, and its line" in said

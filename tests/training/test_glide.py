@@ -251,11 +251,15 @@ def test_resuming_gives_the_same_bits(glide_config, overrides):
     assert folder.is_dir()
 
 
-def test_what_is_cut_of_captions_is_said_once(glide_config, said_of_captions):
+def test_what_is_cut_of_captions_is_said_once(glide_config, said_of_captions, tmp_path):
     config = glide_config("max_length=2", "max_steps=2")
     (said,) = said_of_captions(lambda: train(config, lambda: GlideTask(config), progress=False))
     assert said.startswith("16 of 16 captions are longer")
     assert said.endswith("see max_length")
+    model = tmp_path / "runs" / config.name / "model"
+    further = glide_config(f"start_from={model}", "unet={}", "inpainting=true")
+    (said,) = said_of_captions(lambda: GlideTask(further))
+    assert said.endswith(f"the window of the model in start_from={model} stays as it was trained")
 
 
 def test_a_base_and_an_upsampler_become_a_pipeline(glide_config):

@@ -349,6 +349,10 @@ def test_labels_and_pictures_as_conditions(ldm_config):
     assert isinstance(pipeline.conditioner, ClassConditioner)
     assert len(pipeline([3, 4], progress=False).images) == 2
 
+    by_class.sampling.prompts = [24]
+    with pytest.raises(ConfigError, match=r"^sampling\.prompts do not fit the data: .*24"):
+        LatentDiffusionTask(by_class)
+
     by_picture = ldm_config("name=image", "conditioner.kind=image", "sampling.prompts=[]", "max_steps=1")
     by_picture.conditioner.config = {"in_channels": 3, "out_channels": 3, "n_stages": 1}
     by_picture.unet["down_block_types"] = ["DownBlock2D", "DownBlock2D"]
@@ -383,7 +387,9 @@ def test_what_cannot_work_is_refused_before_training(ldm_config, tmp_path):
     cases = [
         (ConfigError, "first_stage.path is not set", ["first_stage.path=''"]),
         (CheckpointError, "cannot read the first stage", [f"first_stage.path={tmp_path / 'absent'}"]),
-        (InputError, "zebra", ["sampling.prompts=['a zebra']"]),
+        (CheckpointError, r"first_stage\.path=shapes .*=pixels", [f"first_stage.path={tmp_path / 'absent'}"]),
+        (ConfigError, r"data\.num_workers=99999 for \d+ cores; give at most", ["data.num_workers=99999"]),
+        (ConfigError, r"^sampling\.prompts .*zebra.* sampling\.prompts=\[\]", ["sampling.prompts=[zebra]"]),
         (InputError, "num_inference_steps=2000", ["sampling.num_inference_steps=2000"]),
         (InputError, "use 1 to 999", ["sampling.num_inference_steps=1000", "sampling.sampler=unipc"]),
         (ConfigError, "in_channels is 9", ["unet.in_channels=9"]),

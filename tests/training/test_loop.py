@@ -23,6 +23,7 @@ from fastldm.systems.latent_diffusion import LatentDiffusionPipeline
 from fastldm.training.checkpoint import list_checkpoints, load_checkpoint
 from fastldm.training.config import TrainingConfig, load_config, to_yaml
 from fastldm.training.data import StreamSampler, derive_seed
+from fastldm.training.datasets import CaptionedShapes, export_image_folder
 from fastldm.training.first_stage_task import FirstStageTask
 from fastldm.training.latent_diffusion import LatentDiffusionTask
 from fastldm.training.loop import TrainingInterrupted, learning_rate, train
@@ -248,6 +249,74 @@ def test_resuming_with_another_number_of_processes_is_refused(line_config):
     with pytest.raises(ConfigError, match=r"step-000002 with 1 processes: .* launch 2") as caught:
         train(line_config(), LineTask, resume=True, progress=False)
     assert "\n" not in str(caught.value)
+
+
+def test_a_start_that_fails_leaves_no_empty_folder(line_config, tmp_path):
+    def broken():
+        raise ConfigError("nothing fits")
+
+    config = line_config()
+    with pytest.raises(ConfigError, match="nothing fits"):
+        train(config, broken, progress=False)
+    assert not list(tmp_path.iterdir())
+    # What was there before stays, and so does a run.
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ConfigError, match="nothing fits"):
+        train(config, broken, progress=False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
+    train(line_config("max_steps=2"), LineTask, progress=False)
+    with pytest.raises(ConfigError, match="nothing fits"):
+        train(config, broken, resume=True, progress=False)
+    assert len(list_checkpoints(tmp_path / "runs" / config.name / "checkpoints")) == 1
+
+
+def captions_swapped(lines):
+    rows = [json.loads(line) for line in lines]
+    return [json.dumps({**row, "text": other["text"]}) for row, other in zip(rows, rows[::-1])]
+
+
+def one_more(lines):
+    return [*lines, json.dumps({"file_name": "00000.png", "text": "again"})]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("vq", captions_swapped, "other names, captions or classes"),
+        ("vq", lambda lines: lines[::-1], "other names, captions or classes"),
+        ("ldm", one_more, "7 pictures instead of 6"),
+    ],
+    ids=["captions", "order", "number"],
+)
+def test_resuming_on_a_folder_that_has_changed_is_refused(
+    vq_config, ldm_config, tmp_path, kind, change, said
+):
+    folder = tmp_path / "pictures"
+    export_image_folder(CaptionedShapes(kind="one", size=32, length=6), folder)
+    data = ["data.source=image_folder", f"data.path={folder}", "optimizer.schedule=constant"]
+    make, task = vq_config, FirstStageTask
+    if kind == "ldm":
+        make, task = ldm_config, LatentDiffusionTask
+        data += ["sampling.prompts=[]", "cache_latents=true"]
+
+    def run(steps):
+        config = make(*data, f"max_steps={steps}")
+        train(config, lambda: task(config), resume=True, progress=False)
+        return Path(config.output_dir) / config.name / "checkpoints"
+
+    run(1)
+    state = run(2) / "step-000002" / "state.json"
+    metadata = folder / "metadata.jsonl"
+    before = metadata.read_text()
+    metadata.write_text("\n".join(change(before.splitlines())))
+    with pytest.raises(ConfigError, match=rf"step-000002: the folder .* has changed .*{said}.*put it back"):
+        run(3)
+    # A checkpoint of before folders had fingerprints goes on.
+    old = json.loads(state.read_text())
+    assert old.pop("data")["pictures"] == 6
+    state.write_text(json.dumps(old))
+    metadata.write_text(before)
+    assert (run(3) / "step-000003").is_dir()
 
 
 def test_resume_without_a_checkpoint_starts_anew(line_config):

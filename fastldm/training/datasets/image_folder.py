@@ -15,9 +15,11 @@ ends a training before it starts.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +66,8 @@ class ImageFolder(torch.utils.data.Dataset):
         self.random_flip = random_flip
         self.classes: list[str] = []
         self._conditions: list[dict[str, str | int]]
+        if self.folder.is_file():
+            raise InputError(f"{self.folder} is a file; give the folder that the pictures lie in")
         if not self.folder.is_dir():
             raise InputError(f"image folder {self.folder} does not exist; give a folder of pictures")
         if (self.folder / METADATA).is_file():
@@ -72,8 +76,15 @@ class ImageFolder(torch.utils.data.Dataset):
             raise InputError(f"{self.folder / 'metadata.csv'} is not read; write the captions as {METADATA}")
         else:
             self._paths, self._conditions, self.classes = _read_classes(self.folder)
-        for path in self._paths:
-            _check_header(path, size)
+        shorter = [_check_header(path) for path in self._paths]
+        small = [side for side in shorter if side < size]
+        if small:
+            first = self._paths[shorter.index(small[0])]
+            raise InputError(
+                f"{first} is {small[0]} pixels on its shorter side; the training size is {size} "
+                f"({len(small)} of {len(shorter)} pictures are smaller); set data.size to at most "
+                f"{min(small)}, or enlarge or remove them"
+            )
 
     def __len__(self) -> int:
         return len(self._paths) * (2 if self.random_flip else 1)
@@ -82,6 +93,15 @@ class ImageFolder(torch.utils.data.Dataset):
     def captions(self) -> list[str]:
         """The caption of every picture; empty where the folder has none."""
         return [condition["caption"] for condition in self._conditions if "caption" in condition]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must find again: the number of pictures, and the SHA-256 of their names with
+        captions or labels, in order. The pictures themselves are not read."""
+        digest = hashlib.sha256()
+        for path, condition in zip(self._paths, self._conditions):
+            name = path.relative_to(self.folder).as_posix()
+            digest.update(json.dumps([name, *condition.values()]).encode() + b"\n")
+        return {"pictures": len(self._paths), "sha256": digest.hexdigest()}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str | int]:
         if not 0 <= index < len(self):
@@ -133,10 +153,15 @@ def _read_metadata(folder: Path, column: str) -> tuple[list[Path], list[dict[str
             raise InputError(
                 f'{where} does not name a picture; write {{"file_name": "...", "{column}": "..."}}'
             )
-        if not isinstance(row.get(column), str):
-            others = ", ".join(key for key in row if key != "file_name") or "none"
+        if row.get(column) is None:
+            others = ", ".join(key for key in row if key not in ("file_name", column)) or "none"
             raise InputError(
                 f"{where} has no caption {column!r} for {row['file_name']} (other keys: {others})"
+            )
+        if not isinstance(row[column], str):
+            raise InputError(
+                f"{where}: the caption {column!r} of {row['file_name']} is {json.dumps(row[column])}, which "
+                "is not text; write it in quotes"
             )
         path = folder / row["file_name"]
         if not path.is_file():
@@ -173,16 +198,16 @@ def _pictures(folder: Path) -> list[Path]:
     )
 
 
-def _check_header(path: Path, size: int) -> None:
+def _check_header(path: Path) -> int:
+    """The shorter side of a picture that can be trained on, in pixels."""
     try:
         with Image.open(path) as picture:
             shorter, mode = min(picture.size), picture.mode
     except _UNREADABLE as error:
-        raise InputError(f"{path} cannot be read as a picture ({_one_line(error)})") from None
-    if shorter < size:
-        raise InputError(f"{path} is {shorter} pixels on its shorter side; the training size is {size}")
+        raise _unreadable(path, error) from None
     if mode not in _MODES:
         raise InputError(f"{path} has pixels of type {mode}; save it with 8 bits per channel")
+    return shorter
 
 
 def _load(path: Path, size: int) -> Image.Image:
@@ -190,9 +215,13 @@ def _load(path: Path, size: int) -> Image.Image:
         with Image.open(path) as file:
             picture = as_rgb(ImageOps.exif_transpose(file))
     except _UNREADABLE as error:
-        raise InputError(f"{path} cannot be read as a picture ({_one_line(error)})") from None
+        raise _unreadable(path, error) from None
     return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _unreadable(path: Path, error: Exception) -> InputError:
+    # A run is resumed only on the names that it began with.
+    return InputError(
+        f"{path} cannot be read as a picture ({' '.join(str(error).split())}); replace it (a run can then be "
+        f"resumed), or remove it, and its line in {METADATA} if it has one"
+    )
