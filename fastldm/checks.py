@@ -39,6 +39,13 @@ def described(value: Any) -> str:
     return f"{kind}{str(dtype).removeprefix('torch.')} {tuple(shape)}"
 
 
+def shown(value: Any) -> str:
+    """A wrong value in a message: a tensor or an array described, else its repr, cut to one short line."""
+    plain = value is None or isinstance(value, str | Real | type)
+    listed = isinstance(value, list | tuple | dict) and not any(hasattr(v, "shape") for v in value)
+    return f"{value!r:.60}" if plain or listed else described(value)
+
+
 def with_article(name: str) -> str:
     """A class's name after "a" or "an", as it is said: an ADMClassifier, a UNet2DConditionModel."""
     abbreviation = re.match(r"[A-Z](?=[A-Z\d])", name) is not None

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastldm.errors import ConfigError, UnsupportedError
+from fastldm.checks import shown
+from fastldm.errors import ConfigError, InputError, InputTypeError, UnsupportedError
 from fastldm.implementation import Implementation
 from fastldm.text import as_table
 
@@ -134,11 +135,12 @@ def current_state() -> State:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless `name` is "auto" or a backend, TypeError where it is no name at all."""
+    """Raises InputError unless `name` is "auto" or a backend, InputTypeError where it is no name at all."""
     if not isinstance(name, str):
-        raise TypeError(f"backend must be a name, got {name!r}; use one of: auto, {', '.join(BACKENDS)}")
+        accepted = f"auto, {', '.join(BACKENDS)}"
+        raise InputTypeError(f"backend must be a name, got {shown(name)}; use one of: {accepted}")
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; use one of: auto, {', '.join(BACKENDS)}")
+        raise InputError(f"unknown backend {name!r}; use one of: auto, {', '.join(BACKENDS)}")
 
 
 @contextmanager

@@ -15,6 +15,10 @@ class InputError(FastLDMError, ValueError):
     """A prompt, picture, flag or file that cannot be used."""
 
 
+class InputTypeError(InputError, TypeError):
+    """An argument of a kind that is not taken, such as text for a number."""
+
+
 class ConfigError(FastLDMError, ValueError):
     """Unknown or inconsistent configuration keys."""
 
@@ -24,7 +28,7 @@ class CheckpointError(FastLDMError):
 
 
 class UnsupportedError(FastLDMError, NotImplementedError):
-    """A backend asked for by name cannot do this call."""
+    """A backend asked for by name, or an operation, cannot do this call."""
 
 
 class TrainingError(FastLDMError, RuntimeError):

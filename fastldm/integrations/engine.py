@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fastldm import dispatch
-from fastldm.errors import UnsupportedError
+from fastldm.checks import shown
+from fastldm.errors import InputError, InputTypeError, UnsupportedError
 from fastldm.integrations.report import Entry, Report
 from fastldm.integrations.rules import Match, is_own, rules
 from fastldm.integrations.sdpa import calls_sdpa, redirected_forward
@@ -24,6 +25,7 @@ from fastldm.integrations.swapping import (
     swapped_copy,
     unswapped,
 )
+from fastldm.nn.roots import roots
 
 OPS = ("attention", "group_norm", "vq_nearest")
 
@@ -85,19 +87,19 @@ def apply(
         What was replaced and what was skipped and why. Print it, or read `.entries` or `.to_dict()`.
 
     Raises:
-        TypeError: `model` is neither a module nor a pipeline with one; another argument of the wrong kind.
-        ValueError: an unknown operation or backend; a class that does not call attention so.
+        InputTypeError: `model` is neither a module nor a pipeline with one; an argument of a wrong kind.
+        InputError: an unknown operation or backend; a class that does not call attention so.
         UnsupportedError: a named backend that is not there; with `strict`, what was skipped. Nothing has
             changed then.
     """
     wanted = _checked_ops(ops)
     dispatch.check_name(backend)
     if filter is not None and not callable(filter):
-        raise TypeError(f"filter must be a function of (path, module), got {filter!r}")
+        raise InputTypeError(f"filter must be a function of (path, module), got {shown(filter)}")
     classes = _checked_classes(attention_classes)
     report, swaps = Report(), []
     for site in _sites(model, wanted, filter, classes):
-        match, was = site.match, original_class(site.thing).__name__
+        match, was = site.match, _class_name(site.thing)
         if match.skipped is not None:
             report.entries.append(Entry(site.shown_path, match.op, was, None, None, match.skipped))
             continue
@@ -180,28 +182,29 @@ def _swap(site: _Site, cls: type, copies: dict[int, object]) -> Callable[[], Non
 
 
 def _checked_ops(ops: Iterable[str]) -> set[str]:
+    given = ops
     ops = (ops,) if isinstance(ops, str) else tuple(ops) if isinstance(ops, Iterable) else ops
     if not isinstance(ops, tuple) or not all(isinstance(op, str) for op in ops):
-        raise TypeError(f"ops must be some of {', '.join(OPS)}, got {ops!r}")
+        raise InputTypeError(f"ops must be some of {', '.join(OPS)}, got {shown(given)}")
     unknown = sorted(set(ops) - set(OPS))
     if unknown:
         hint = f"; did you mean backend={unknown[0]!r}?" if unknown[0] in dispatch.BACKENDS else ""
-        raise ValueError(f"unknown operation {unknown[0]!r}; use some of: {', '.join(OPS)}{hint}")
+        raise InputError(f"unknown operation {unknown[0]!r}; use some of: {', '.join(OPS)}{hint}")
     if not ops:
-        raise ValueError(f"ops is empty; use some of: {', '.join(OPS)}")
+        raise InputError(f"ops is empty; use some of: {', '.join(OPS)}")
     return set(ops)
 
 
 def _checked_classes(classes: Iterable[type[nn.Module]]) -> tuple[type, ...]:
     classes = (classes,) if isinstance(classes, type) else classes
     if not isinstance(classes, Iterable) or isinstance(classes, str):
-        raise TypeError(f"attention_classes must be classes of modules, got {classes!r}")
+        raise InputTypeError(f"attention_classes must be classes of modules, got {shown(classes)}")
     classes = tuple(classes)
     for cls in classes:
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-            raise TypeError(f"attention_classes must be classes of modules, got {cls!r} among them")
+            raise InputTypeError(f"attention_classes must be classes of modules, got {shown(cls)} among them")
         if not calls_sdpa(cls.forward):
-            raise ValueError(
+            raise InputError(
                 f"attention_classes: the forward of {cls.__name__} calls no scaled_dot_product_attention "
                 "by a global name; only a call in forward itself can be redirected"
             )
@@ -213,6 +216,12 @@ def _check_backend(backend: str, ops: set[str]) -> None:
         reason = dispatch.find(backend, op)
         if isinstance(reason, str):
             raise UnsupportedError(f"backend {backend!r} cannot run {op}: {reason}; use backend='auto'")
+
+
+def _class_name(thing: object) -> str:
+    """Of the original class, before any swap and before torch.jit."""
+    scripted = isinstance(thing, torch.jit.ScriptModule)
+    return thing.original_name if scripted else original_class(thing).__name__
 
 
 def _why_not(module: nn.Module, match: Match) -> str | None:
@@ -244,6 +253,8 @@ def _sites(
 
 
 def _matches(module: nn.Module, known: list, attention_classes: tuple[type, ...]) -> list[Match]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return _scripted(module)
     found = [match for match in (rule(module) for rule in known) if match is not None]
     kind = original_class(module)
     if not found and not is_own(kind) and calls_sdpa(kind.forward):
@@ -252,23 +263,28 @@ def _matches(module: nn.Module, known: list, attention_classes: tuple[type, ...]
     return found
 
 
+# What PyTorch's own operation is called in the graph of torch.jit.
+_IN_GRAPHS = {"attention": "aten::scaled_dot_product_attention", "group_norm": "aten::group_norm"}
+
+
+def _scripted(module: torch.jit.ScriptModule) -> list[Match]:
+    """One match for each operation that its graph calls, all to be skipped."""
+    graph = getattr(getattr(module, "forward", None), "inlined_graph", None)
+    reason = "torch.jit has compiled it, and its code cannot be changed"
+    return [
+        Match(op, skipped=reason)
+        for op, node in _IN_GRAPHS.items()
+        if graph is not None and graph.findNode(node) is not None
+    ]
+
+
 def _modules(model: object) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of all, none twice; under what torch.compile wrapped, by the path of the original."""
-    roots = _roots(model)
+    """(path, module) of all, none twice; under what torch.compile wrapped, by the path of the original.
+    Without those within a module of torch.jit, which are part of its code."""
     seen: set[nn.Module] = set()
-    for name, root in roots.items():
+    for name, root in roots(model).items():
         for path, module in root.named_modules(memo=seen, prefix=name):
             if not isinstance(module, torch._dynamo.OptimizedModule):
                 yield ".".join(part for part in path.split(".") if part != "_orig_mod"), module
-
-
-def _roots(model: object) -> dict[str, nn.Module]:
-    if isinstance(model, nn.Module):
-        return {"": model}
-    components = getattr(model, "components", None)
-    if isinstance(components, dict):
-        modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
-        if modules:
-            return modules
-    given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-    raise TypeError(f"model must be one nn.Module or one pipeline with modules, an instance, got {given}")
+            if isinstance(module, torch.jit.ScriptModule):
+                seen.update(module.modules())

@@ -35,7 +35,11 @@ def subclass(swap: Swap) -> type:
     }
     if issubclass(base, nn.Module):
         members["__prepare_scriptable__"] = _original
-    return type(base.__name__, (base,), {**members, **swap.make(*swap[::2])})
+    made = swap.make(*swap[::2])
+    for name, member in made.items():
+        if isinstance(member, types.FunctionType):  # by which Python's errors call it
+            member.__qualname__ = f"{base.__qualname__}.{name}"
+    return type(base.__name__, (base,), {**members, **made})
 
 
 def swap_of(thing: object) -> Swap | None:

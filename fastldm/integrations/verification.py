@@ -21,7 +21,8 @@ class Checked:
     """The largest errors of one module over its calls, against its original in float32 (float64 for float32).
 
     `error` is that of the module as it is, `eager` that of the original in the same dtype, `limit` what the
-    rule of `fastldm.testing.tolerances` allows.
+    rule of `fastldm.testing.tolerances` allows. `compared` is False where some result had no finite element
+    to compare, and then `ok` is too.
     """
 
     path: str
@@ -30,6 +31,7 @@ class Checked:
     error: float = 0.0
     eager: float = 0.0
     limit: float = 0.0
+    compared: bool = True
     ok: bool = True
 
 
@@ -52,9 +54,16 @@ class Verification:
         rows = [("path", "was", "calls", "error", "of eager", "limit", "")]
         for one in self.modules:
             numbers = (f"{value:.2e}" if one.calls else "" for value in (one.error, one.eager, one.limit))
-            verdict = ("ok" if one.ok else "WRONG") if one.calls else "not called"
-            rows.append((one.path or "(the model)", one.was, str(one.calls), *numbers, verdict))
+            rows.append((one.path or "(the model)", one.was, str(one.calls), *numbers, _verdict(one)))
         return as_table(rows)
+
+
+def _verdict(checked: Checked) -> str:
+    if not checked.calls:
+        return "not called"
+    if checked.ok:
+        return "ok"
+    return "WRONG" if checked.compared else "not compared: no finite number in the result"
 
 
 def verify(model: object, *args, **kwargs) -> Verification:
@@ -98,19 +107,23 @@ def _compare(checked: Checked, module: nn.Module, inputs: tuple, named: dict, ou
     original = copy.deepcopy(module)
     revert(original)
     eager = original.forward(*inputs, **named)
-    found = next(x for x in _floating(output))
+    checked.calls += 1
+    found = next(_floating(output), None)
+    if found is None:
+        checked.compared = checked.ok = False
+        return
     wide = torch.float64 if found.dtype == torch.float32 else torch.float32
     original.to(wide)
     inputs, named = tree_map(lambda x: x.to(wide) if _is_floating(x) else x, (inputs, named))
     terms = max(math.prod(x.shape[1:]) for x in _floating((inputs, named)))
     with torch.autocast(found.device.type, enabled=False):
         truth = original.forward(*inputs, **named)
-    checked.calls += 1
     for x, reference, plain in zip(_floating(output), _floating(truth), _floating(eager)):
         error, limit, plain_error = errors(x, reference, plain.to(x.dtype), terms=terms)
         worst = error.max().item()
-        special = torch.equal(x.isfinite(), reference.to(x.dtype).isfinite())
-        checked.ok = checked.ok and worst <= limit and special
+        finite = reference.to(x.dtype).isfinite()
+        checked.compared = checked.compared and bool(finite.any())
+        checked.ok = checked.ok and checked.compared and worst <= limit and torch.equal(x.isfinite(), finite)
         if worst >= checked.error:
             checked.error, checked.eager, checked.limit = worst, plain_error, limit
 

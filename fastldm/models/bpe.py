@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastldm.errors import CheckpointError
-from fastldm.models.weights import read_json
+from fastldm.models.weights import read_json, read_tokenizer_config
 
 Merge = tuple[str, str]
 
@@ -128,8 +128,7 @@ def read_folder(folder: Path, end_of_word: str | None) -> tuple[dict[str, int], 
         merges = [tuple(p.split(" ")) if isinstance(p, str) else tuple(p) for p in model["merges"]]
     else:
         raise CheckpointError(f"{folder} holds neither vocab.json with merges.txt nor tokenizer.json")
-    config_file = folder / "tokenizer_config.json"
-    return vocab, merges, read_json(config_file) if config_file.is_file() else {}
+    return vocab, merges, read_tokenizer_config(folder)
 
 
 def _parse_merges(lines: Iterable[str], source: str | os.PathLike) -> list[Merge]:

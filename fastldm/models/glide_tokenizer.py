@@ -162,7 +162,8 @@ class GlideTokenizer:
         """
         vocab, merges, config = bpe.read_folder(Path(folder) / (subfolder or ""), None)
         if text_ctx is None:
-            text_ctx = int(min(config.get("model_max_length") or 128, 128))
+            stated = config.get("model_max_length")
+            text_ctx = 128 if stated is None else int(min(stated, 128))
         return cls(vocab, merges, text_ctx)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ from torch import Tensor
 from fastldm.errors import CheckpointError, InputError
 from fastldm.io import atomic_write, write_json
 from fastldm.models.captions import as_captions, warn_of_cut
+from fastldm.models.weights import read_tokenizer_config
 
 PAD, CLS, SEP, UNK = SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 
@@ -168,9 +168,8 @@ class Tokenizer:
         from tokenizers.implementations import BertWordPieceTokenizer
 
         folder = Path(folder) / (subfolder or "")
+        config = read_tokenizer_config(folder)
         try:
-            config_file = folder / "tokenizer_config.json"
-            config = json.loads(config_file.read_text()) if config_file.exists() else {}
             if (folder / "tokenizer.json").exists():
                 backend = Backend.from_file(str(folder / "tokenizer.json"))
             elif (folder / "vocab.txt").exists():
@@ -182,7 +181,9 @@ class Tokenizer:
         except CheckpointError:
             raise
         except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
-            raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+            raise CheckpointError(
+                f"the tokenizer in {folder} cannot be read: {error}; download or save it again"
+            ) from error
         # transformers writes 1e30 for "no limit"; a BERT vocabulary states its 512 tokens, LDM takes 77.
         lengths = [n for n in (config.get("model_max_length"), max_length) if n is not None and n < 1e6]
         if not lengths:

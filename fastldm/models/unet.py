@@ -142,7 +142,9 @@ class UNet2DConditionModel(Model):
 
         width = block_out_channels[0]
         self.conv_in = nn.Conv2d(in_channels, width, conv_in_kernel, padding=(conv_in_kernel - 1) // 2)
-        time_embed_dim = time_embedding_dim or 4 * width
+        for field in ("attention_head_dim", "time_embedding_dim"):
+            _check_positive(field, self.config[field])
+        time_embed_dim = 4 * width if time_embedding_dim is None else time_embedding_dim
         self.time_proj = Timesteps(width, flip_sin_to_cos, freq_shift)
         self.time_embedding = TimestepEmbedding(width, time_embed_dim, cond_proj_dim=time_cond_proj_dim)
         self.class_embedding = _class_embedding(
@@ -201,7 +203,7 @@ class UNet2DConditionModel(Model):
         )
         attention = [
             AttentionSettings(
-                head_dim=head_dims[i] or widths[i],
+                head_dim=widths[i] if head_dims[i] is None else head_dims[i],
                 groups=groups,
                 eps=config.norm_eps,
                 cross_attention_dim=context_dims[i],
@@ -241,7 +243,7 @@ class UNet2DConditionModel(Model):
             resnets = [resnet.build((width if j else below) + skip_widths.pop(), width) for j in range(depth)]
             settings = attention[stage]
             if kind == "self":  # diffusers does not reverse attention_head_dim for these
-                settings = replace(settings, head_dim=head_dims[i] or width)
+                settings = replace(settings, head_dim=width if head_dims[i] is None else head_dims[i])
             attentions = settings.build(kind, width, _expand(up_layers[i], depth))
             self.up_blocks.append(UpBlock2D(resnets, attentions, Upsample2D(width) if stage else None))
             below = width
@@ -386,6 +388,13 @@ def _class_embedding(
 def _check_choice(field: str, value: str | None, choices: Iterable[str | None]) -> None:
     if value not in choices:
         raise ConfigError(f"{field} is {value!r}; accepted are {', '.join(map(repr, choices))}")
+
+
+def _check_positive(field: str, value: int | Sequence[int] | None) -> None:
+    """ConfigError for a number below 1, given once or among those of the stages; None is left to defaults."""
+    given = value if isinstance(value, Sequence) else [value]
+    if any(number is not None and number < 1 for number in given):
+        raise ConfigError(f"{field} is {value!r}; use whole numbers from 1")
 
 
 def _kinds(

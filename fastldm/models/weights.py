@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fastldm.checks import with_article
+from fastldm.checks import is_number, with_article
 from fastldm.errors import CheckpointError
 from fastldm.io import atomic_file
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_AGAIN = "download or save it again"
 _RANDOM_FILLS = {
     torch.Tensor.uniform_,
     torch.Tensor.normal_,
@@ -82,11 +83,25 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"cannot read {path}: {_not_whole(path, 'JSON')}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {with_article(type(content).__name__)}, not a JSON object")
+        raise CheckpointError(
+            f"{path} holds {with_article(type(content).__name__)}, not a JSON object; {_AGAIN}"
+        )
     return content
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """`tokenizer_config.json`, if the folder has one. `model_max_length` in it is a number, or None."""
+    file = folder / "tokenizer_config.json"
+    config = read_json(file) if file.is_file() else {}
+    length = config.get("model_max_length")
+    if length is not None and not (is_number(length) and length >= 1):
+        raise CheckpointError(f"{file}: model_max_length is {length!r}; use a number from 1, or leave it out")
+    return config
 
 
 def with_variant(name: str, variant: str | None) -> str:
@@ -162,10 +177,13 @@ def _reason(path: Path, error: Exception) -> str:
         return error.strerror or str(error)
     if foreign := re.search(r"GLOBAL (\S+)", str(error)):
         return f"it is a pickle of more than tensors ({foreign[1]}); save model.state_dict() alone"
-    if path.stat().st_size == 0:
-        return "the file is empty"
-    kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
-    return f"it is no {kind} file, or not a whole one; get it again"
+    return _not_whole(path, "safetensors" if path.suffix == ".safetensors" else "PyTorch")
+
+
+def _not_whole(path: Path, kind: str) -> str:
+    """What is wrong with a file that its reader does not understand, and what to do."""
+    wrong = "it is empty" if path.stat().st_size == 0 else f"it is no {kind} file, or not a whole one"
+    return f"{wrong}; {_AGAIN}"
 
 
 def _tensors_of(pickled: Any, path: Path) -> Mapping[str, torch.Tensor]:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastldm.errors import InputError
+
 
 def timestep_embedding(
     timesteps: torch.Tensor,
@@ -64,6 +66,6 @@ class TimestepEmbedding(nn.Module):
     def forward(self, sample: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         if condition is not None:
             if self.cond_proj is None:
-                raise ValueError("a timestep condition was given to an embedding built without cond_proj_dim")
+                raise InputError("a timestep condition was given to an embedding built without cond_proj_dim")
             sample = sample + self.cond_proj(condition)
         return self.linear_2(self.act(self.linear_1(sample)))

@@ -13,19 +13,24 @@ import functools
 import math
 import weakref
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastldm.nn.hooks import only_computes
+from fastldm.nn.roots import roots
 from fastldm.nn.transformer import GEGLU
 
 _onednn = torch.ops.mkldnn
+M = TypeVar("M")
 
 
-def pack_weights(module: nn.Module) -> nn.Module:
+def pack_weights(module: M) -> M:
     """Lets the linear layers, 2-D convolutions and GEGLUs in `module` compute with packed weights, in place.
+
+    `module` may be a pipeline too, as for `fastldm.apply`.
 
     Parameters, state_dict and training stay as they are: the packed weight is made at the first call without
     gradient on the CPU in float32 or bfloat16, made anew when the weight has changed, and is not saved.
@@ -52,9 +57,13 @@ def pack_weights(module: nn.Module) -> nn.Module:
 
     Returns:
         `module`.
+
+    Raises:
+        InputTypeError: `module` is neither a module nor a pipeline with one.
     """
+    layers = _layers(module)
     if torch.backends.mkldnn.is_available():
-        for layer in module.modules():
+        for layer in layers:
             if isinstance(layer, _Packed):
                 layer._forget()
             elif type(layer) in _PACKED and not (isinstance(layer, nn.Conv2d) and not _plain_geometry(layer)):
@@ -62,14 +71,18 @@ def pack_weights(module: nn.Module) -> nn.Module:
     return module
 
 
-def unpack_weights(module: nn.Module) -> nn.Module:
+def unpack_weights(module: M) -> M:
     """Undoes `pack_weights`, in place, and frees the packed weights. Returns `module`."""
-    for layer in module.modules():
+    for layer in _layers(module):
         if isinstance(layer, _Packed):
             layer._forget()
             # A parametrized layer has a class of its own, made by PyTorch. It stays: it computes as before.
             layer.__class__ = _PLAIN.get(type(layer), type(layer))
     return module
+
+
+def _layers(model: object) -> list[nn.Module]:
+    return [layer for root in roots(model).values() for layer in root.modules()]
 
 
 def _plain_geometry(layer: nn.Conv2d) -> bool:

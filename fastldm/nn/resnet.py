@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastldm.errors import ConfigError, InputError
 from fastldm.nn.normalization import GroupNorm
 
 
@@ -33,11 +34,11 @@ class ResnetBlock2D(nn.Module):
     ):
         super().__init__()
         if time_embedding_norm not in ("default", "scale_shift"):
-            raise ValueError(
+            raise ConfigError(
                 f"time_embedding_norm is {time_embedding_norm!r}; accepted are 'default' and 'scale_shift'"
             )
         if time_embedding_norm == "scale_shift" and temb_channels is None:
-            raise ValueError("time_embedding_norm 'scale_shift' needs temb_channels, which is None")
+            raise ConfigError("time_embedding_norm 'scale_shift' needs temb_channels, which is None")
         out_channels = in_channels if out_channels is None else out_channels
         self.time_embedding_norm = time_embedding_norm
         self.output_scale_factor = output_scale_factor
@@ -61,7 +62,7 @@ class ResnetBlock2D(nn.Module):
         if self.time_emb_proj is None:
             hidden = self.norm2(hidden)
         elif temb is None:
-            raise ValueError("this ResnetBlock2D was built with temb_channels and needs a time embedding")
+            raise InputError("this ResnetBlock2D was built with temb_channels and needs a time embedding")
         elif self.time_embedding_norm == "default":
             hidden = self.norm2(hidden, channel_bias=self.time_emb_proj(F.silu(temb)))
         else:
@@ -84,7 +85,8 @@ class Downsample2D(nn.Module):
     def __init__(self, channels: int, *, out_channels: int | None = None, padding: int = 1):
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, out_channels or channels, kernel_size=3, stride=2, padding=padding)
+        out_channels = channels if out_channels is None else out_channels
+        self.conv = nn.Conv2d(channels, out_channels, kernel_size=3, stride=2, padding=padding)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.padding == 0:
@@ -97,7 +99,8 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int, *, out_channels: int | None = None):
         super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels or channels, kernel_size=3, padding=1)
+        out_channels = channels if out_channels is None else out_channels
+        self.conv = nn.Conv2d(channels, out_channels, kernel_size=3, padding=1)
 
     def forward(
         self, hidden_states: torch.Tensor, output_size: tuple[int, int] | None = None

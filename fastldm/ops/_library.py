@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastldm import dispatch
+from fastldm.checks import shown
+from fastldm.errors import InputTypeError, UnsupportedError
 
 _Keys, _Key = torch._C.DispatchKeySet, torch._C.DispatchKey
 _LIBRARY = torch.library.Library("fastldm", "DEF")
@@ -123,37 +125,39 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensor(name: str, x: object) -> None:
-    """Raises TypeError unless x is a dense tensor of a floating-point dtype that operations compute in."""
+    """InputTypeError unless x is a dense tensor of a floating-point dtype that operations compute in."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        raise InputTypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be floating point (float32, bfloat16, float16, float64), got {x.dtype}")
+        raise InputTypeError(
+            f"{name} must be floating point (float32, bfloat16, float16, float64), got {x.dtype}"
+        )
     if x.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; call .to_dense()")
+        raise InputTypeError(f"{name} must be a dense tensor, got layout {x.layout}; call .to_dense()")
 
 
 def check_number(name: str, value: object, kind: type = float) -> None:
-    """Raises TypeError unless value is a real number, or with `kind` int a whole one; symbolic ones are."""
+    """InputTypeError unless value is a real number, or with `kind` int a whole one; symbolic ones are."""
     accepted = (int, torch.SymInt) if kind is int else (int, float, torch.SymInt, torch.SymFloat)
     if not isinstance(value, accepted) or isinstance(value, bool):
         wanted = "a whole number" if kind is int else "a number"
-        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+        raise InputTypeError(f"{name} must be {wanted}, got {shown(value)}")
 
 
 def refuse_transforms(name: str, *inputs: Tensor | None) -> None:
-    """Raises NotImplementedError for the derivatives that an op registered here cannot give.
+    """Raises UnsupportedError for the derivatives that an op registered here cannot give.
 
     To a dual tensor (forward mode) PyTorch would give a zero tangent, without a word; to torch.func.grad and
     its like an error about autograd.Function and setup_context.
     """
     if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in inputs):
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"ops.{name} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); use backward"
         )
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return
     if any(x is not None and _differentiated_by_func(x) for x in inputs):
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"ops.{name} is not differentiated by torch.func (grad, vjp, jacrev); use torch.autograd.grad or "
             "backward"
         )

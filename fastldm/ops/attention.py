@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from fastldm import dispatch
+from fastldm.checks import shown
+from fastldm.errors import InputError, InputTypeError
 from fastldm.ops._library import check_number, check_tensor, define, refuse_transforms
 
 HEAD_DIMS = (*range(8, 257, 8), 512)
@@ -41,11 +43,12 @@ def attention(
         masked, and every row when Sk is 0, is 0 with gradient 0.
 
     Raises:
-        TypeError: a dtype that is not floating point, a mask that is neither bool nor floating point.
-        ValueError: shapes, dtypes or devices that do not fit together, a head dim out of range, a mask that
+        InputTypeError: a dtype that is not floating point, a mask that is neither bool nor floating point; an
+            argument of another wrong kind.
+        InputError: shapes, dtypes or devices that do not fit together, a head dim out of range, a mask that
             requires grad.
-        NotImplementedError: differentiation by torch.func (grad, vjp, ...) or in forward mode.
-        UnsupportedError: a backend asked for by name cannot do this call.
+        UnsupportedError: a backend asked for by name cannot do this call; differentiation by torch.func
+            (grad, vjp, ...) or in forward mode.
     """
     refuse_transforms("attention", q, k, v, attn_mask)
     args = prepare(q, k, v, attn_mask, is_causal=is_causal, scale=scale)
@@ -58,20 +61,22 @@ def prepare(q, k, v, attn_mask=None, *, is_causal=False, scale=None) -> tuple:
         check_tensor(name, x)
     if scale is not None:
         check_number("scale", scale)
+    if not isinstance(is_causal, (bool, torch.SymBool)):
+        raise InputTypeError(f"is_causal must be True or False, got {shown(is_causal)}")
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q, k, v must be (B, H, S, D), got {_shape(q)}, {_shape(k)}, {_shape(v)}")
+        raise InputError(f"q, k, v must be (B, H, S, D), got {_shape(q)}, {_shape(k)}, {_shape(v)}")
     if not q.dtype == k.dtype == v.dtype:
         _check_mixed_dtypes(q, k, v)
     if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
+        raise InputError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
     batch, heads, _, head_dim = q.shape
     if k.shape != v.shape or k.shape[:2] != (batch, heads) or k.shape[3] != head_dim:
-        raise ValueError(
+        raise InputError(
             f"k and v must be (B, H, Sk, D) with B, H, D of q {_shape(q)}, got {_shape(k)}, {_shape(v)}; "
             "repeat the key heads for grouped-query attention"
         )
     if head_dim not in HEAD_DIMS:
-        raise ValueError(f"head dim must be 8, 16, ..., 256 or 512, got {head_dim}; pad q, k, v with zeros")
+        raise InputError(f"head dim must be 8, 16, ..., 256 or 512, got {head_dim}; pad q, k, v with zeros")
     if attn_mask is not None:
         attn_mask = _check_mask(attn_mask, q, k)
     # PyTorch without gradient has no use for the log-sum-exp, and its fastest kernels do not give it.
@@ -83,9 +88,9 @@ def _check_mixed_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Autocast makes one dtype of all floating-point dtypes but float64."""
     got = f"got {q.dtype}, {k.dtype}, {v.dtype}"
     if not torch.is_autocast_enabled(q.device.type):
-        raise ValueError(f"q, k, v must have one dtype, {got}")
+        raise InputError(f"q, k, v must have one dtype, {got}")
     if torch.float64 in (q.dtype, k.dtype, v.dtype):
-        raise ValueError(f"q, k, v must have one dtype, as autocast leaves float64 alone, {got}")
+        raise InputError(f"q, k, v must have one dtype, as autocast leaves float64 alone, {got}")
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:
@@ -96,16 +101,18 @@ def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """The mask as 4-D, each dimension 1 or that of (B, H, Sq, Sk)."""
     wanted = (*q.shape[:3], k.shape[2])
     if not isinstance(mask, Tensor):
-        raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}")
+        raise InputTypeError(f"attn_mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"attn_mask must be bool (True = attend) or floating point (added), got {mask.dtype}")
+        raise InputTypeError(
+            f"attn_mask must be bool (True = attend) or floating point (added), got {mask.dtype}"
+        )
     if mask.requires_grad and torch.is_grad_enabled():
-        raise ValueError("attn_mask requires grad, but no gradient reaches a mask; pass attn_mask.detach()")
+        raise InputError("attn_mask requires grad, but no gradient reaches a mask; pass attn_mask.detach()")
     if mask.device != q.device:
-        raise ValueError(f"attn_mask must be on the device of q, {q.device}, got {mask.device}")
+        raise InputError(f"attn_mask must be on the device of q, {q.device}, got {mask.device}")
     if mask.dtype == torch.bool and mask.dim() == 2 and mask.shape == (wanted[0], wanted[3]):
         if wanted[0] == wanted[2] and wanted[0] > 1:
-            raise ValueError(
+            raise InputError(
                 f"a bool mask {_shape(mask)} could be (Sq, Sk) or (B, Sk) here; pass mask[None, None] or "
                 "mask[:, None, None]"
             )
@@ -114,7 +121,7 @@ def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
         have in (1, want) for have, want in zip(reversed(mask.shape), reversed(wanted))
     )
     if not fits:
-        raise ValueError(f"attn_mask {_shape(mask)} does not broadcast to (B, H, Sq, Sk) = {wanted}")
+        raise InputError(f"attn_mask {_shape(mask)} does not broadcast to (B, H, Sq, Sk) = {wanted}")
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
 
 

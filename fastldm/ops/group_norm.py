@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from fastldm import dispatch
+from fastldm.checks import shown
+from fastldm.errors import InputError
 from fastldm.ops._library import check_number, check_tensor, define, refuse_transforms
 
 
@@ -45,10 +47,10 @@ def group_norm(
         PyTorch does on CUDA, doubles the memory traffic of an operation that is memory traffic only.
 
     Raises:
-        TypeError: an argument that is not floating point.
-        ValueError: shapes or devices that do not fit together, an unknown activation.
-        NotImplementedError: differentiation by torch.func (grad, vjp, ...) or in forward mode.
-        UnsupportedError: a backend asked for by name cannot do this call.
+        InputTypeError: an argument that is not floating point.
+        InputError: shapes or devices that do not fit together, an unknown activation.
+        UnsupportedError: a backend asked for by name cannot do this call; differentiation by torch.func
+            (grad, vjp, ...) or in forward mode.
     """
     refuse_transforms("group_norm", x, weight, bias, channel_bias, scale, shift)
     args = prepare(
@@ -82,14 +84,14 @@ def prepare(
     check_number("num_groups", num_groups, int)
     check_number("eps", eps)
     if not 2 <= x.dim() <= 5:
-        raise ValueError(f"x must be (N, C, *spatial) with 2 to 5 dimensions, got shape {tuple(x.shape)}")
+        raise InputError(f"x must be (N, C, *spatial) with 2 to 5 dimensions, got shape {tuple(x.shape)}")
     batch, channels = x.shape[0], x.shape[1]
     if num_groups < 1 or channels % num_groups:
-        raise ValueError(
+        raise InputError(
             f"num_groups must divide the channels, got {num_groups} groups for {channels} channels"
         )
     if activation not in (None, "silu"):
-        raise ValueError(f"activation must be None or 'silu', got {activation!r}")
+        raise InputError(f"activation must be None or 'silu', got {shown(activation)}")
     if weight is not None:
         _check_parameter("weight", weight, (channels,), x)
     if bias is not None:
@@ -106,11 +108,11 @@ def prepare(
 def _check_parameter(name: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     check_tensor(name, value)
     if value.shape != shape:
-        raise ValueError(
+        raise InputError(
             f"{name} must be {'(C,)' if len(shape) == 1 else '(N, C)'} = {shape}, got {tuple(value.shape)}"
         )
     if value.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+        raise InputError(f"{name} must be on the device of x, {x.device}, got {value.device}")
 
 
 # Positions in the schema of x, weight, bias, channel_bias, scale, shift.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastldm import dispatch
+from fastldm.errors import InputError, InputTypeError
 from fastldm.ops._library import check_number, check_tensor, define, refuse_transforms
 
 
@@ -25,8 +26,8 @@ def vq_nearest(z: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
         gradient.
 
     Raises:
-        TypeError: an argument that is not floating point.
-        ValueError: an empty codebook, D or devices that differ; on the CPU, a codebook with NaN or infinity.
+        InputTypeError: an argument that is not floating point.
+        InputError: an empty codebook, D or devices that differ; on the CPU, a codebook with NaN or infinity.
         UnsupportedError: a backend asked for by name cannot do this call.
     """
     z, codebook = prepare_nearest(z, codebook)
@@ -44,7 +45,7 @@ def vq_quantize(z: Tensor, codebook: Tensor, *, backend: str = "auto") -> tuple[
         indices: int64 (...).
 
     Raises:
-        NotImplementedError: differentiation by torch.func (grad, vjp, ...) or in forward mode.
+        UnsupportedError: differentiation by torch.func (grad, vjp, ...) or in forward mode.
     """
     refuse_transforms("vq_quantize", z)
     return _vq_quantize(*prepare_nearest(z, codebook), backend)
@@ -66,8 +67,8 @@ def vq_ema_update(
         sums: float32 (K, D), the sum of these rows. Bit-equal from run to run. No gradient.
 
     Raises:
-        TypeError: `z` not floating point, `indices` not int64.
-        ValueError: shapes or devices that do not fit together, an index out of range.
+        InputTypeError: `z` not floating point, `indices` not int64.
+        InputError: shapes or devices that do not fit together, an index out of range.
         UnsupportedError: a backend asked for by name cannot do this call.
     """
     return _vq_ema_update(*prepare_ema_update(z, indices, num_codes), backend)
@@ -78,17 +79,17 @@ def prepare_nearest(z, codebook) -> tuple:
     check_tensor("z", z)
     check_tensor("codebook", codebook)
     if z.dim() < 1 or codebook.dim() != 2:
-        raise ValueError(
+        raise InputError(
             f"z must be (..., D), codebook (K, D), got {tuple(z.shape)}, {tuple(codebook.shape)}"
         )
     if codebook.shape[0] == 0 or codebook.shape[1] == 0:
-        raise ValueError(
+        raise InputError(
             f"codebook must have at least one code and one dimension, got {tuple(codebook.shape)}"
         )
     if z.shape[-1] != codebook.shape[1]:
-        raise ValueError(f"z and codebook must share D, got {z.shape[-1]} and {codebook.shape[1]}")
+        raise InputError(f"z and codebook must share D, got {z.shape[-1]} and {codebook.shape[1]}")
     if z.device != codebook.device:
-        raise ValueError(f"z and codebook must be on one device, got {z.device} and {codebook.device}")
+        raise InputError(f"z and codebook must be on one device, got {z.device} and {codebook.device}")
     return z, codebook.detach()
 
 
@@ -97,24 +98,24 @@ def prepare_ema_update(z, indices, num_codes) -> tuple:
     check_tensor("z", z)
     check_number("num_codes", num_codes, int)
     if not isinstance(indices, Tensor):
-        raise TypeError(f"indices must be a tensor, got {type(indices).__name__}")
+        raise InputTypeError(f"indices must be a tensor, got {type(indices).__name__}")
     if z.dim() < 1 or z.shape[:-1] != indices.shape:
-        raise ValueError(
+        raise InputError(
             f"z must be (..., D) and indices (...), got {tuple(z.shape)} and {tuple(indices.shape)}"
         )
     if indices.dtype != torch.int64:
-        raise TypeError(f"indices must be int64, got {indices.dtype}")
+        raise InputTypeError(f"indices must be int64, got {indices.dtype}")
     if num_codes < 1:
-        raise ValueError(f"num_codes must be at least 1, got {num_codes}")
+        raise InputError(f"num_codes must be at least 1, got {num_codes}")
     if z.device != indices.device:
-        raise ValueError(f"z and indices must be on one device, got {z.device} and {indices.device}")
+        raise InputError(f"z and indices must be on one device, got {z.device} and {indices.device}")
     return z.detach(), indices, num_codes
 
 
 def _nearest_kernel(z, codebook, backend):
     # A check of the values waits for the device, so other devices go without.
     if codebook.device.type == "cpu" and not _all_finite(codebook):
-        raise ValueError("codebook holds NaN or infinity; the training step that wrote it has diverged")
+        raise InputError("codebook holds NaN or infinity; the training step that wrote it has diverged")
     if z.numel() == 0:
         return z.new_zeros(z.shape[:-1], dtype=torch.int64)
     return dispatch.run("vq_nearest", "forward", backend, (z, codebook), dispatch.current_state())
@@ -150,7 +151,7 @@ def _ema_update_kernel(z, indices, num_codes, backend):
     if indices.device.type == "cpu" and indices.numel() > 0:
         low, high = (int(bound) for bound in indices.aminmax())
         if low < 0 or high >= num_codes:
-            raise ValueError(f"indices must lie in 0 .. {num_codes - 1}, got {low} .. {high}")
+            raise InputError(f"indices must lie in 0 .. {num_codes - 1}, got {low} .. {high}")
     if z.numel() == 0:
         counts = torch.bincount(indices.flatten(), minlength=num_codes)
         return counts, z.new_zeros((num_codes, z.shape[-1]), dtype=torch.float32)

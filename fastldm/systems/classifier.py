@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastldm.diffusion.guidance import Gradient, classifier_gradient
@@ -20,6 +21,7 @@ from fastldm.io import write_json
 from fastldm.models.base import Model
 from fastldm.models.classifier import ADMClassifier
 from fastldm.models.weights import read_json, resolve_folder
+from fastldm.pictures import as_pictures, as_rgb, from_pil
 from fastldm.systems.guides import Guide, GuideSpace, read_latents, read_schedule
 
 _CLASSES = "classes.json"
@@ -71,17 +73,20 @@ class ClassifierGuide:
         return self
 
     @torch.no_grad()
-    def classify(self, x: Tensor, timestep: Tensor | int = 0) -> Tensor:
+    def classify(self, x: Tensor | Image.Image | Sequence[Image.Image], timestep: Tensor | int = 0) -> Tensor:
         """Probabilities of the classes, float32 (B, classes).
 
         Args:
             x: (B, C, H, W), pictures in [-1, 1], or scaled latents as `LatentDiffusionPipeline.encode` gives
-                them, with the noise of `timestep`.
+                them, with the noise of `timestep`; or PIL images of any size, whose shorter side is made the
+                model's (bicubic) and whose centre is cut out, as for training. These have no noise.
             timestep: one number, or (B,).
 
         Raises:
-            InputError: for x of another shape, or a timestep outside the schedule.
+            InputError: for x of another shape, for PIL images where the model takes latents, or a timestep
+                outside the schedule.
         """
+        x = self._from_pil(x)
         self.space.check_x(x)
         return self._logits(x, self.space.checked_timestep(timestep, len(x))).softmax(dim=-1)
 
@@ -99,6 +104,23 @@ class ClassifierGuide:
             return classifier_gradient(self._logits, labels)
 
         return Guide(bind, self._indices(labels), self.space)
+
+    def _from_pil(self, x: Any) -> Any:
+        """PIL images as a tensor; anything else as it is."""
+        listed = x if isinstance(x, list | tuple) else [x]
+        if not any(isinstance(picture, Image.Image) for picture in listed):
+            return x
+        side = self.space.shape[-1]
+        if self.space.latents is not None:
+            raise InputError(
+                f"this classifier takes latents {self.space.shape}, not pictures; give those of the pipeline "
+                "that it was trained to guide: `pipeline.encode(fastldm.pictures.from_pil(pictures, size))`"
+            )
+        fitted = [
+            ImageOps.fit(as_rgb(picture), (side, side), Image.Resampling.BICUBIC)
+            for picture in as_pictures("pictures", x)
+        ]
+        return from_pil(fitted, side)
 
     def _logits(self, x: Tensor, t: Tensor) -> Tensor:
         return self.model(x.to(self.model.device, self.model.dtype), t.to(self.model.device)).logits.float()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastldm
-from fastldm.errors import UnsupportedError
+from fastldm.errors import InputError, InputTypeError, UnsupportedError
 from fastldm.integrations import swapping
 
 
@@ -296,14 +298,15 @@ def test_pipelines():
 
 @pytest.mark.parametrize("model", [3, None, nn.Module, type("Empty", (), {"components": {}})()])
 def test_what_is_no_model(model):
-    for function in (fastldm.apply, fastldm.revert):
-        with pytest.raises(TypeError, match="or one pipeline with modules, an instance, got"):
+    for function in (fastldm.apply, fastldm.revert, fastldm.verify, fastldm.pack_weights):
+        with pytest.raises(InputTypeError, match="or one pipeline with modules, an instance, got"):
             function(model)
 
 
 WRONG = [
     (TypeError, {"ops": None}, "ops must be some of attention, group_norm, vq_nearest, got None"),
     (TypeError, {"ops": [["attention"]]}, "ops must be some of"),
+    (TypeError, {"ops": torch.ones(2)}, r"ops must be some of .*, got float32 \(2,\)"),
     (ValueError, {"ops": ["silu"]}, "unknown operation 'silu'; use some of: attention, group_norm"),
     (ValueError, {"ops": "triton"}, "did you mean backend='triton'"),
     (ValueError, {"ops": []}, "ops is empty"),
@@ -320,8 +323,9 @@ WRONG = [
 
 @pytest.mark.parametrize(("error", "options", "message"), WRONG, ids=str)
 def test_wrong_arguments(net, error, options, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         fastldm.apply(net, **options)
+    assert isinstance(raised.value, InputError)
     assert type(net.norm) is nn.GroupNorm
 
 
@@ -381,18 +385,61 @@ def test_verify_tells_what_was_not_called(net):
     assert str(result).count("not called") == 3
 
 
+def test_verify_is_not_ok_where_nothing_could_be_compared(net):
+    """Neither results without a finite number nor empty ones say anything of a kernel."""
+    apply(net)
+    for x in (torch.full((2, 16, 12), torch.nan), torch.empty(0, 16, 12)):
+        result = fastldm.verify(net.block, x)
+        assert not result
+        assert [(one.calls, one.compared) for one in result.modules] == [(1, False)]
+        assert "not compared: no finite number" in str(result)
+
+
+def test_wrong_arguments_of_a_call_name_the_class(net, x):
+    """As before `apply`, not by a function inside fastldm."""
+    plain = copy.deepcopy(net.block)
+    apply(net)
+    for call in (net.block, functools.partial(fastldm.verify, net.block), plain):
+        with pytest.raises(
+            TypeError, match=r"^Sequential\.forward\(\) got an unexpected keyword argument 'x'"
+        ):
+            call(x=x)
+
+
+def test_what_torch_jit_compiled_is_left_alone(x):
+    net = nn.Sequential(nn.GroupNorm(4, 16), nn.Sequential(nn.GroupNorm(4, 16), nn.SiLU()), nn.Identity())
+    expected = net(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is
+        net[1], net[2] = torch.jit.script(net[1]), torch.jit.trace(nn.Identity(), x)
+        layer = torch.jit.script(nn.TransformerEncoderLayer(8, 2, batch_first=True))
+    report = fastldm.apply(net)
+    assert [(entry.path, entry.op, entry.was) for entry in report.skipped] == [
+        ("1", "group_norm", "Sequential")
+    ]
+    assert "torch.jit has compiled it" in report.skipped[0].skipped
+    assert [entry.path for entry in report.replaced] == ["0"]
+    torch.testing.assert_close(net(x), expected)
+    assert fastldm.verify(net, x)
+    fastldm.revert(net)
+    assert type(net[0]) is nn.GroupNorm
+    assert [entry.op for entry in fastldm.apply(layer).skipped] == ["attention"]
+    with pytest.raises(UnsupportedError, match=r"torch\.jit has compiled it"):
+        fastldm.apply(layer, strict=True)
+
+
 def test_warmup_of_a_module(net, x):
     apply(net)
     calls = fastldm.warmup(net, x=x)
     assert calls.backends().keys() == {"attention", "group_norm"}
     assert fastldm.warmup(net, x).calls == calls.calls
-    with pytest.raises(TypeError, match="model must be a module or a pipeline"):
+    with pytest.raises(InputTypeError, match="model must be a module or a pipeline"):
         fastldm.warmup(None)
-    with pytest.raises(ValueError, match="sizes must be pairs"):
+    with pytest.raises(InputError, match="sizes must be pairs"):
         fastldm.warmup(net, sizes=(8, 8), x=x)
-    with pytest.raises(TypeError, match="Net takes no 'y'; it takes: x"):
+    with pytest.raises(InputTypeError, match="Net takes no 'y'; it takes: x"):
         fastldm.warmup(net, y=x)
-    with pytest.raises(TypeError, match="sizes: Net takes no height and width"):
+    with pytest.raises(InputTypeError, match="sizes: Net takes no height and width"):
         fastldm.warmup(net, sizes=[(8, 8)], x=x)
 
 

@@ -238,7 +238,12 @@ def test_unreadable_files_are_named(saved, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="weights there: none"):
         Small.from_pretrained(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"cannot read .*config\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot read .*config\.json: it is no JSON file, or not a whole"
+    ):
+        Small.from_pretrained(folder)
+    (folder / "config.json").write_text("")
+    with pytest.raises(CheckpointError, match=r"config\.json: it is empty; download or save it again"):
         Small.from_pretrained(folder)
     (folder / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="not a JSON object"):

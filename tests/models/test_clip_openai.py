@@ -253,7 +253,7 @@ def test_checkpoints_of_openclip_s_training_load(openai, tmp_path, prefix, own_t
         ({"epoch": 3}, r"holds an int under 'epoch', where .*save model\.state_dict\(\) alone"),
         ({1: torch.zeros(1)}, "holds a Tensor under 1, where"),
         (torch.nn.Linear(1, 1), r"pickle of more than tensors \(torch\.nn\.modules\.linear\.Linear\)"),
-        (b"", "the file is empty"),
+        (b"", "it is empty; download or save it again"),
         (b"junk", "it is no PyTorch file, or not a whole one"),
         (b"PK\x03\x04junk", "it is no PyTorch file, or not a whole one"),
         (b'{"a": 1}', "it is no PyTorch file, or not a whole one"),

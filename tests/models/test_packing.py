@@ -6,6 +6,7 @@ import copy
 import io
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -106,6 +107,17 @@ def test_which_layers_are_packed():
     unpack_weights(module)
     assert [type(layer) for layer in module] == [nn.Linear, Mine, nn.Conv2d, nn.Conv1d, GEGLU]
     assert type(module[4].proj) is nn.Linear
+
+
+@onednn
+def test_the_networks_of_a_pipeline_are_packed():
+    networks = {"unet": nn.Sequential(nn.Linear(2, 2)), "vae": nn.Linear(2, 2)}
+    pipe = types.SimpleNamespace(components={**networks, "tokenizer": object()})
+    assert pack_weights(pipe) is pipe
+    layers = [networks["unet"][0], networks["vae"]]
+    assert [type(layer) for layer in layers] == [PackedLinear, PackedLinear]
+    assert unpack_weights(pipe) is pipe
+    assert [type(layer) for layer in layers] == [nn.Linear, nn.Linear]
 
 
 @pytest.mark.parametrize(

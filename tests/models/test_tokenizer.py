@@ -178,7 +178,18 @@ def test_unreadable_folders_are_refused(tmp_path, tokenizer):
         Tokenizer.from_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*; download or save it again"):
         Tokenizer.from_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    for content, said in (
+        ("[]", "holds a list, not a JSON object; download or save it again"),
+        ("null", "holds a NoneType, not a JSON object"),
+        ("", "it is empty; download or save it again"),
+        ('{"model_max_length": "77"}', "model_max_length is '77'; use a number from 1"),
+        ('{"model_max_length": 0}', "model_max_length is 0; use a number from 1"),
+    ):
+        config.write_text(content)
+        with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json.* {said}"):
+            Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="max_length=2"):
         Tokenizer.from_captions(CAPTIONS, max_length=2)

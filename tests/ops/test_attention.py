@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastldm import dispatch, ops, reference
-from fastldm.errors import UnsupportedError
+from fastldm.errors import InputError, InputTypeError, UnsupportedError
 from fastldm.testing import assert_as_accurate, live_backends, plain_attention
 from fastldm.testing.inputs import ATTENTION_LAYOUTS, MASKS, attention_inputs, attention_mask
 from fastldm.testing.shapes import ATTENTION, AttentionShape
@@ -327,14 +327,18 @@ Q = torch.randn(2, 2, 4, 8)
     ],
 )
 def test_refused_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         ops.attention(*arguments)
+    assert isinstance(raised.value, InputError)
 
 
 def test_a_scale_that_is_no_number_is_refused():
     for scale in ("a", True, torch.ones(())):
-        with pytest.raises(TypeError, match="scale must be a number"):
+        with pytest.raises(InputTypeError, match="scale must be a number"):
             ops.attention(Q, Q, Q, scale=scale)
+    for is_causal in ("yes", 1, None):
+        with pytest.raises(InputTypeError, match="is_causal must be True or False"):
+            ops.attention(Q, Q, Q, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,7 @@ import torch
 
 import fastldm
 from fastldm import dispatch, env, ops
-from fastldm.errors import UnsupportedError
+from fastldm.errors import InputError, InputTypeError, UnsupportedError
 from fastldm.implementation import Implementation
 
 Q = torch.randn(2, 2, 4, 8, generator=torch.Generator().manual_seed(0))
@@ -69,8 +69,13 @@ def test_policy():
         assert backend_of() == "reference"
     assert backend_of() == "torch"
     with (
-        pytest.raises(ValueError, match=r"'fast'; use one of: auto, reference, torch, cpu, triton, cuda"),
+        pytest.raises(InputError, match=r"'fast'; use one of: auto, reference, torch, cpu, triton, cuda"),
         fastldm.use_backend("fast"),
+    ):
+        pass
+    with (
+        pytest.raises(InputTypeError, match=r"must be a name, got float32 \(.*\); use"),
+        fastldm.use_backend(Q),
     ):
         pass
 
@@ -229,8 +234,11 @@ def test_explain():
     assert absent.chosen is None
     assert "no backend can do this call" in str(absent)
     assert fastldm.explain("vq_ema_update", torch.randn(1, 4), torch.zeros(1).long(), 3).chosen == "torch"
-    with pytest.raises(ValueError, match="unknown operation 'conv'"):
+    with pytest.raises(InputError, match="unknown operation 'conv'"):
         fastldm.explain("conv", Q)
+    for given, said in ((Q, r"float32 \(.*\)"), (["attention"], r"\['attention'\]"), (None, "None")):
+        with pytest.raises(InputTypeError, match=f"the name of an operation comes first, got {said}; use "):
+            fastldm.explain(given, Q, Q)
     with pytest.raises(ValueError, match="head dim"):
         fastldm.explain("attention", *(torch.randn(1, 1, 2, 7),) * 3)
 

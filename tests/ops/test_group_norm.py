@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastldm import ops, reference
+from fastldm.errors import InputError
 from fastldm.testing import assert_as_accurate, live_backends, plain_group_norm
 from fastldm.testing.inputs import group_norm_inputs
 from fastldm.testing.shapes import GROUP_NORM, GroupNormShape
@@ -257,5 +258,6 @@ X = torch.randn(2, 8, 3, 3)
     ],
 )
 def test_refused_arguments(arguments, keywords, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         ops.group_norm(*arguments, **keywords)
+    assert isinstance(raised.value, InputError)

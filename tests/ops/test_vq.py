@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastldm import ops
+from fastldm.errors import InputError
 from fastldm.testing import assert_as_accurate, live_backends
 from fastldm.testing.inputs import VQ_KINDS, vq_inputs
 from fastldm.testing.shapes import VQ, VQShape
@@ -171,7 +172,7 @@ def test_codebook_that_is_not_finite_is_refused(backend):
     for bad, function in itertools.product((torch.nan, torch.inf), (ops.vq_nearest, ops.vq_quantize)):
         codebook[7, 2] = bad
         for rows in (z, z[:0]):
-            with pytest.raises(ValueError, match="NaN or infinity"):
+            with pytest.raises(InputError, match="NaN or infinity"):
                 function(rows, codebook, backend=backend)
 
 
@@ -284,8 +285,9 @@ INDICES = torch.zeros(3, dtype=torch.int64)
 )
 @pytest.mark.parametrize("function", [ops.vq_nearest, ops.vq_quantize])
 def test_refused_arguments(function, arguments, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         function(*arguments)
+    assert isinstance(raised.value, InputError)
 
 
 @pytest.mark.parametrize(
@@ -305,5 +307,6 @@ def test_refused_arguments(function, arguments, error, message):
     ],
 )
 def test_ema_update_refuses(arguments, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         ops.vq_ema_update(*arguments)
+    assert isinstance(raised.value, InputError)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastldm.diffusion import NoiseSchedule
 from fastldm.errors import CheckpointError, ConfigError, InputError
@@ -59,6 +60,25 @@ def test_probabilities_are_the_model_s(guide):
             wanted = guide.model(x, t).logits.softmax(1)
         assert torch.equal(guide.classify(x, t), wanted)
     assert not torch.equal(guide.classify(x, 7), guide.classify(x, 30))
+
+
+def test_pil_images_are_prepared_as_for_training(guide):
+    size, model = (3, 8, 8), build_classifier(CONFIG, (3, 8, 8), 3).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    seeing = ClassifierGuide(model, CLASSES, GuideSpace(size, None, NoiseSchedule.cosine(40)))
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), np.uint8)
+    pictures = [Image.fromarray(p) for p in pixels]
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(seeing.classify(pictures), seeing.classify(x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seeing.classify(pictures[0]), seeing.classify(x[:1]), atol=1e-5, rtol=0)
+    wide = Image.new("RGB", (14, 8), "white")  # of which the white ends are cut off
+    wide.paste(pictures[1], (3, 0))
+    torch.testing.assert_close(seeing.classify([wide]), seeing.classify(x[1:]), atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="list of 2"):
+        seeing.classify([pictures[0], x])
+    with pytest.raises(InputError, match=r"takes latents \(4, 8, 8\), not pictures; give .*pipeline\.encode"):
+        guide.classify(pictures)
 
 
 def test_labels_are_numbers_or_names(guide):
