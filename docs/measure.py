@@ -17,9 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastldm.diffusion.samplers import SAMPLERS
-from fastldm.diffusion.samplers.levels import WITH_KARRAS
-from fastldm.evaluation.accuracy import evaluate
 from fastldm.evaluation.statistics import Score
 from fastldm.pictures import grid
 from fastldm.reproduce import pairs
@@ -30,9 +27,6 @@ HERE = Path(__file__).resolve().parent
 PICTURES = 168
 SETS = {"seen": SEEN_PAIRS, "held-out": HELD_OUT_PAIRS}
 COLUMNS = 8
-SAMPLINGS = [*((name, False) for name in SAMPLERS), *((name, True) for name in WITH_KARRAS)]
-SAMPLER_STEPS = (3, 5, 10, 20)
-SAMPLER_CAPTIONS = 128
 CLASSIFIER_SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
 
 
@@ -123,25 +117,6 @@ def measure_clip(runs: Path) -> list[dict]:
     return rows
 
 
-def measure_samplers(_: Path) -> list[dict]:
-    """The shipped model in few and in more steps, by every sampler; by Karras' noise levels where it can."""
-    pipeline = LatentDiffusionPipeline.from_pretrained("shapes")
-    rows, shown = [], []
-    for sampler, karras in SAMPLINGS:
-        pipeline.sampler, pipeline.karras = sampler, karras
-        for steps in SAMPLER_STEPS:
-            report = evaluate(
-                pipeline, num_captions=SAMPLER_CAPTIONS, sets=[("one", "seen")], num_inference_steps=steps
-            )
-            (score,) = [r.scores["all"] for r in report.rows if r.pictures == "samples"]
-            rows.append(row("samplers", score, sampler=sampler, karras=karras, steps=steps))
-            name = f"{sampler}, karras" if karras else sampler
-            shown.append((report.examples[0].picture, f"{name}, {steps} steps"))
-    pictures, captions = zip(*shown)
-    save("samplers", grid(pictures, captions, columns=2 * len(SAMPLER_STEPS)))
-    return rows
-
-
 def drawn(pipeline: Any, wanted: Sequence[pairs.Pair], call: Any, description: str) -> list[pairs.Sample]:
     def with_own_steps(some: Sequence[pairs.Pair]) -> Mapping[str, Any]:
         return {**call(some), "num_inference_steps": None}
@@ -190,7 +165,6 @@ SYSTEMS = {
     "inpainting": measure_inpainting,
     "classifier": measure_classifier,
     "clip": measure_clip,
-    "samplers": measure_samplers,
 }
 
 

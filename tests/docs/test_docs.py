@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastldm.cli import main, sample, train
 from fastldm.cli import reproduce as cli_reproduce
-from fastldm.reproduce import CLAIMS, shipped_finding
+from fastldm.reproduce import CLAIMS, shipped_finding, shipped_repetitions
 from fastldm.training.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +119,21 @@ def test_pages_quote_the_committed_findings(claim):
     finding = shipped_finding(claim)
     quoted = [page.name for page, text in TEXTS.items() if finding.verdict in _prose(text)]
     assert len(quoted) == 1, f"no page quotes the verdict of {claim}"
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_differences_of_every_seed_are_those_measured(claim):
+    findings = [shipped_finding(claim), *shipped_repetitions(claim)]
+    assert [finding.seed for finding in findings] == list(range(len(findings)))
+    assert len({finding.holds for finding in findings}) == 1
+    wanted = []
+    for finding in findings:
+        rows = finding.select("difference")
+        (row,) = [row for row in rows if row.setting.get("to", "clean CLIP on x0") == "clean CLIP on x0"]
+        wanted.append(f"{100 * row.value:+.1f}")
+    lines = TEXTS[ROOT / "docs" / "README.md"].splitlines()
+    (line,) = [line for line in lines if line.startswith(f"| `{claim}`: ") and line.count("|") == 5]
+    assert [cell for cell in map(str.strip, line.split("|")[2:-1]) if cell] == wanted
 
 
 def test_the_reconstructions_that_are_quoted_are_those_measured():
