@@ -262,3 +262,22 @@ def test_what_learns_no_variance_is_refused():
         if loss is not hybrid_loss:
             with pytest.raises(InputError, match="'fixed_large' needs"):
                 loss(output, *arguments, schedule_of(variance_type="fixed_large"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_snr_weights_of_every_timestep(kind):
+    """min(SNR, gamma) ||x0 - x0_hat||^2 of each type (Hang et al. 2023, section 3.4)."""
+    gamma, schedule, t = 5.0, NoiseSchedule.cosine(prediction_type=kind), torch.arange(1000)
+    output, x0, noise = torch.zeros(1000, 1), torch.randn(1000, 1), torch.randn(1000, 1)
+    plain, weighted = (
+        simple_loss(output, x0, noise, t, schedule, snr_gamma=weight).double() for weight in (None, gamma)
+    )
+    alpha_bar = schedule.alphas_cumprod.double()
+    snr = alpha_bar / (1 - alpha_bar)
+    of_x0 = {"epsilon": 1 / snr, "sample": torch.ones(1000), "v_prediction": 1 / (snr + 1)}[kind]
+    torch.testing.assert_close(weighted, plain * snr.clamp(max=gamma) * of_x0, atol=0, rtol=1e-4)
+    for wrong in (0, -1.0, math.nan):
+        with pytest.raises(InputError, match="give a number above 0"):
+            simple_loss(output, x0, noise, t, schedule, snr_gamma=wrong)
+    with pytest.raises(InputError, match=r"noise: \(1, 1\) for x"):
+        simple_loss(output, x0, noise[:1], t, schedule)

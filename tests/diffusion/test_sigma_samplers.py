@@ -522,3 +522,37 @@ def test_wrong_steps_and_levels_are_refused():
         sample_flow_euler(denoiser, x, [2.0, 0.0])
     with pytest.raises(InputError, match="1 sigmas: give at least 2"):
         sample_flow_euler(denoiser, x, [1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bfloat16", "float64"])
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_x_keeps_its_dtype_whatever_the_denoiser_answers_in(sampler, dtype):
+    schedule = NoiseSchedule(**STABLE_DIFFUSION)
+    levels = noise_levels(schedule, sampler, 5)
+    x = torch.randn(2, 3, 4, 4).to(dtype)
+    for found, _ in record(sampler, x, schedule, levels, denoiser=lambda x, t: denoiser(x, t).float()):
+        assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_heun_stays_within_float16_where_the_noise_is_strong(kind):
+    schedule = NoiseSchedule.cosine(prediction_type=kind, clip_sample=True)
+    levels = noise_levels(schedule, "heun", 10)
+    x = torch.randn(2, 3, 4, 4).half()
+    out = SAMPLERS["heun"](lambda x, t: x / 2, x, schedule, levels.timesteps, sigmas=levels.sigmas)
+    assert out.isfinite().all()
+
+
+def test_what_is_no_row_of_numbers_is_refused():
+    schedule, x = NoiseSchedule.linear(), torch.randn(2, 3)
+    levels = noise_levels(schedule, "euler", 5)
+    for timesteps in (levels, torch.tensor([[9, 5]]), torch.tensor(9), 9, ["9"]):
+        with pytest.raises(InputError, match=r"timesteps are .*: give numbers in one row"):
+            SAMPLERS["ddim"](denoiser, x, schedule, timesteps)
+    with pytest.raises(InputError, match="sigmas are int: give numbers in one row"):
+        sample_flow_euler(denoiser, x, 5)
+    with pytest.raises(InputError, match="gave NoneType; it must give a tensor"):
+        SAMPLERS["ddim"](lambda x, t: None, x, schedule, [9])
+    for wrong in (-1, 1000):
+        with pytest.raises(InputError, match="each must be in 0 to 999"):
+            schedule.add_noise(x, x, torch.tensor([5, wrong]))
