@@ -14,7 +14,7 @@ KERNELS = {"implementation", "reference", "eager", "kernels", "native"}
 MAY_IMPORT = {
     "errors": set(),
     "_version": set(),
-    "checks": {"errors"},
+    "checks": set(),
     "io": BASE,
     "memory": BASE,
     "pictures": BASE,
