@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fastldm.checks import is_count, is_fraction, is_number
 from fastldm.diffusion import predictions, scheduler_config
-from fastldm.diffusion.predictions import same_shape
 from fastldm.errors import ConfigError, InputError
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -43,6 +42,15 @@ def check_threshold(ratio: float, max_value: float, error: type[Exception]) -> N
         raise error(
             f"dynamic thresholding with ratio={ratio!r}, max_value={max_value!r}: use a ratio in [0, 1] and "
             "a max_value above 0"
+        )
+
+
+def check_leading(first: int, count: int, offset: int, total: int) -> None:
+    """InputError where the first of `count` "leading" timesteps is not one of the `total` of training."""
+    if first >= total:
+        raise InputError(
+            f"num_inference_steps={count} with steps_offset={offset} asks for timestep {first}; the last "
+            f"trained one is {total - 1}: use fewer steps or steps_offset=0"
         )
 
 
@@ -233,8 +241,9 @@ class NoiseSchedule:
         t (B,) int64, or float for timesteps in between, where sigma = sqrt(1 / abar - 1) is linear in t.
         """
         last = self.num_train_timesteps - 1
-        # Those of a GPU are not read: that would wait for it.
-        if t.device.type == "cpu" and len(t) and not 0 <= t.min() <= t.max() <= last:
+        # Those of a GPU are not read, which would wait for it, nor those of a graph that is being compiled.
+        readable = t.device.type == "cpu" and t.numel() > 0 and not torch.compiler.is_compiling()
+        if readable and not 0 <= t.min() <= t.max() <= last:
             raise InputError(f"timesteps {t.min()} to {t.max()}: each must be in 0 to {last}")
         alphas_cumprod = self.alphas_cumprod.to(t.device)
         if t.is_floating_point():
@@ -252,7 +261,7 @@ class NoiseSchedule:
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise. x0, noise (B, ...), t int64 (B,) -> x0's dtype."""
-        same_shape("noise", noise, x0)
+        predictions.same_shape("noise", noise, x0)
         alpha_bar = self.alpha_bar(x0, t)
         return (alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise).to(x0.dtype)
 
@@ -282,11 +291,7 @@ class NoiseSchedule:
             )
         if spacing == "leading":
             steps = np.arange(count)[::-1] * (total // count) + offset
-            if steps[0] >= total:
-                raise InputError(
-                    f"num_inference_steps={count} with steps_offset={offset} asks for timestep {steps[0]}; "
-                    f"the last trained one is {total - 1}: use fewer steps or steps_offset=0"
-                )
+            check_leading(steps[0], count, offset, total)
         elif spacing == "trailing":
             # Rounding in arange can append one more value below the last step: cut it off.
             steps = np.round(np.arange(total, 0, -total / count))[:count] - 1

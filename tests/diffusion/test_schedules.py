@@ -219,3 +219,11 @@ def test_sections_are_those_of_the_published_respacing():
     ):
         with pytest.raises(InputError, match=said):
             NoiseSchedule.linear(10).sections(counts)
+
+
+def test_one_timestep_may_be_for_all_samples_and_a_graph_may_hold_it():
+    schedule, x0, noise = NoiseSchedule.linear(), torch.randn(2, 3), torch.randn(2, 3)
+    wanted = schedule.add_noise(x0, noise, torch.tensor([9, 9]))
+    assert torch.equal(schedule.add_noise(x0, noise, torch.tensor(9)), wanted)
+    compiled = torch.compile(schedule.add_noise, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x0, noise, torch.tensor([9, 9])), wanted)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastldm.checks import is_count
 from fastldm.diffusion.samplers.walk import Timesteps, falling_sigmas, falling_timesteps
-from fastldm.diffusion.schedules import TIMESTEP_SPACINGS, NoiseSchedule
+from fastldm.diffusion.schedules import TIMESTEP_SPACINGS, NoiseSchedule, check_leading
 from fastldm.errors import InputError
 
 # diffusers' scheduler of each stands on timesteps of its own: see `noise_levels`.
@@ -137,11 +137,7 @@ def _without_the_last(schedule: NoiseSchedule, count: int, spacing: str) -> Tens
         return schedule.timesteps(count, spacing)
     if spacing == "leading":
         steps = torch.arange(count, 0, -1) * (total // (count + 1)) + schedule.steps_offset
-        if steps[0] >= total:
-            raise InputError(
-                f"num_inference_steps={count} with steps_offset={schedule.steps_offset} asks for timestep "
-                f"{steps[0]}; the last trained one is {total - 1}: use fewer steps or steps_offset=0"
-            )
+        check_leading(int(steps[0]), count, schedule.steps_offset, total)
         return steps
     if spacing == "linspace":
         return torch.from_numpy(np.linspace(0, total - 1, count + 1).round()[:0:-1].astype(np.int64))
