@@ -30,6 +30,11 @@ def is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
+def plain_number(value: Any) -> Any:
+    """The number in a tensor or an array of one; anything else as it is."""
+    return value.item() if hasattr(value, "item") and math.prod(value.shape) == 1 else value
+
+
 def described(value: Any) -> str:
     """What a value is: "float32 (2, 3, 64, 64)" of a tensor or an array, else the name of its type."""
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from fastldm.checks import described
 from fastldm.errors import InputError
@@ -65,8 +65,17 @@ def check_range(name: str, pictures: torch.Tensor) -> torch.Tensor:
 
 def from_pil(pictures: Sequence[Image.Image], size: int) -> torch.Tensor:
     """Pictures as RGB, squeezed or stretched to squares (bicubic), float32 (B, 3, size, size) in [-1, 1]."""
-    resized = [as_rgb(p).resize((size, size), Image.Resampling.BICUBIC) for p in pictures]
-    pixels = torch.from_numpy(np.stack([np.asarray(p, np.float32) for p in resized]))
+    return as_tensor([as_rgb(p).resize((size, size), Image.Resampling.BICUBIC) for p in pictures])
+
+
+def as_square(picture: Image.Image, size: int) -> Image.Image:
+    """The picture as RGB, its shorter side made `size` (bicubic), and its centre cut out."""
+    return ImageOps.fit(as_rgb(picture), (size, size), Image.Resampling.BICUBIC)
+
+
+def as_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """RGB pictures of one size, float32 (B, 3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(p, np.float32) for p in pictures]))
     return pixels.permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 

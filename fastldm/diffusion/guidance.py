@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastldm.checks import described, is_fraction, is_number
+from fastldm.checks import described, is_fraction, is_number, plain_number
 from fastldm.diffusion.predictions import same_shape
 from fastldm.diffusion.schedules import NoiseSchedule, check_threshold
 from fastldm.diffusion.variance import split_variance
@@ -150,8 +148,8 @@ def classifier_gradient(classifier: Callable[[Tensor, Tensor], Tensor], labels: 
         InputError: for labels that are not whole numbers; on a call, for as many as x does not have samples,
             or for one the classifier does not know.
     """
-    whole = isinstance(labels, Tensor) and labels.dtype not in (torch.bool, torch.complex64)
-    if not whole or labels.is_floating_point() or labels.ndim != 1:
+    numbers = isinstance(labels, Tensor) and labels.dtype != torch.bool
+    if not numbers or labels.is_floating_point() or labels.is_complex() or labels.ndim != 1:
         raise InputError(f"labels are {described(labels)}: give an int64 tensor (B,)")
     with torch.inference_mode(False):
         labels = labels.clone()
@@ -264,7 +262,7 @@ def drop_condition(
 
 def finite(name: str, value: float | Tensor) -> float:
     """`value` as a float; InputError unless it is a finite number, or a tensor or an array of one."""
-    number = _item(value)
+    number = plain_number(value)
     if not is_number(number):
         raise InputError(f"{name}={number!r}: give a finite number, such as 2.0")
     return float(number)
@@ -272,14 +270,10 @@ def finite(name: str, value: float | Tensor) -> float:
 
 def fraction(name: str, value: float | Tensor) -> float:
     """`value` as a float; InputError unless it is a number from 0 to 1, or a tensor or an array of one."""
-    number = _item(value)
+    number = plain_number(value)
     if not is_fraction(number):
         raise InputError(f"{name}={number!r}: use a value between 0 and 1")
     return float(number)
-
-
-def _item(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
 
 
 def _shape(condition: Tensor | None) -> tuple[int, ...] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from fastldm.diffusion.guidance import Gradient, classifier_gradient
@@ -21,7 +21,7 @@ from fastldm.io import write_json
 from fastldm.models.base import Model
 from fastldm.models.classifier import ADMClassifier
 from fastldm.models.weights import read_json, resolve_folder
-from fastldm.pictures import as_pictures, as_rgb, from_pil
+from fastldm.pictures import as_pictures, as_square, as_tensor
 from fastldm.systems.guides import Guide, GuideSpace, read_latents, read_schedule
 
 _CLASSES = "classes.json"
@@ -110,17 +110,8 @@ class ClassifierGuide:
         listed = x if isinstance(x, list | tuple) else [x]
         if not any(isinstance(picture, Image.Image) for picture in listed):
             return x
-        side = self.space.shape[-1]
-        if self.space.latents is not None:
-            raise InputError(
-                f"this classifier takes latents {self.space.shape}, not pictures; give those of the pipeline "
-                "that it was trained to guide: `pipeline.encode(fastldm.pictures.from_pil(pictures, size))`"
-            )
-        fitted = [
-            ImageOps.fit(as_rgb(picture), (side, side), Image.Resampling.BICUBIC)
-            for picture in as_pictures("pictures", x)
-        ]
-        return from_pil(fitted, side)
+        self.space.check_takes_pictures("classifier")
+        return as_tensor([as_square(p, self.space.shape[-1]) for p in as_pictures("pictures", x)])
 
     def _logits(self, x: Tensor, t: Tensor) -> Tensor:
         return self.model(x.to(self.model.device, self.model.dtype), t.to(self.model.device)).logits.float()

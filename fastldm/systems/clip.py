@@ -116,11 +116,6 @@ class CLIPScorer:
         Raises:
             InputError: for anything else.
         """
-        if self.latents is not None and not isinstance(pictures, Tensor):
-            raise InputError(
-                f"this CLIP takes latents {self.space.shape}, not pictures; give those of the pipeline "
-                "that it was trained to guide: `pipeline.encode(fastldm.pictures.from_pil(pictures, size))`"
-            )
         if isinstance(pictures, Tensor):
             if pictures.ndim != 4 or not len(pictures) or not pictures.is_floating_point():
                 raise InputError(
@@ -128,6 +123,7 @@ class CLIPScorer:
                 )
             unit = (pictures.float() + 1) / 2
         else:
+            self.space.check_takes_pictures("CLIP")
             side = self.model.vision_model.config.image_size
             unit = torch.stack([_to_unit(p, side) for p in as_pictures("pictures", pictures)])
         unit = unit.to(self.model.device)

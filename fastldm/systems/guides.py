@@ -135,6 +135,14 @@ class GuideSpace:
                 "that of the pipeline's scheduler_config.json"
             )
 
+    def check_takes_pictures(self, model: str) -> None:
+        """InputError for a `model` (what it is called in messages) whose x are latents."""
+        if self.latents is not None:
+            raise InputError(
+                f"this {model} takes latents {self.shape}, not pictures; give those of the pipeline that it "
+                "was trained to guide: `pipeline.encode(fastldm.pictures.from_pil(pictures, size))`"
+            )
+
     def check_x(self, x: Any) -> None:
         """InputError unless x is a floating tensor (B, *shape) of at least one sample."""
         if (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastldm.checks import described, is_count, is_number
+from fastldm.checks import described, is_count, is_number, plain_number
 from fastldm.diffusion.guidance import Denoiser, Gradient, finite, fraction, gradient_guided
 from fastldm.diffusion.samplers import DRAWING, SAMPLERS, Generators, NoiseLevels, check_generators, randn
 from fastldm.diffusion.scheduler_config import takes_karras
@@ -54,7 +53,7 @@ def with_defaults(known: Mapping[str, Any], given: Mapping[str, Any] | None) -> 
     if unknown := sorted(set(given or {}) - set(known)):
         raise ConfigError(f"unknown default(s) {', '.join(unknown)}; known: {', '.join(known)}")
     # What comes from numpy or torch is stored as plain numbers, which JSON knows.
-    given = {name: _plain(value) for name, value in (given or {}).items()}
+    given = {name: plain_number(value) for name, value in (given or {}).items()}
     defaults = {**known, **given}
     steps, scale = defaults["num_inference_steps"], defaults["guidance_scale"]
     if not is_count(steps):
@@ -62,11 +61,6 @@ def with_defaults(known: Mapping[str, Any], given: Mapping[str, Any] | None) -> 
     if not is_number(scale):
         raise ConfigError(f"the default guidance_scale must be a finite number, got {scale!r}")
     return defaults
-
-
-def _plain(value: Any) -> Any:
-    """The number in an array or tensor of one; anything else as it is."""
-    return value.item() if hasattr(value, "item") and math.prod(value.shape) == 1 else value
 
 
 def check_call(

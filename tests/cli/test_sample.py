@@ -120,6 +120,20 @@ def test_the_seed_alone_decides(sample):
     assert not np.array_equal(one, other)
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of every call of the pipeline, with its sampler."""
+    found = []
+    real = LatentDiffusionPipeline.__call__
+
+    def spy(self, prompt, **settings):
+        found.append({"prompt": prompt, "sampler": self.sampler, **settings})
+        return real(self, prompt, **settings)
+
+    monkeypatch.setattr(LatentDiffusionPipeline, "__call__", spy)
+    return found
+
+
 def test_several_pictures_become_a_grid(sample):
     grid = sample(CAPTION, "a small blue star", "--num-images", "2")
     assert grid.shape[0] > 2 * 32
@@ -143,15 +157,7 @@ def clip(model, tmp_path):
     return tmp_path / "clip"
 
 
-def test_clip_guides_to_the_captions(sample, clip, fails, model, tmp_path, monkeypatch):
-    calls = []
-    real = LatentDiffusionPipeline.__call__
-
-    def spy(self, prompt, **settings):
-        calls.append(settings)
-        return real(self, prompt, **settings)
-
-    monkeypatch.setattr(LatentDiffusionPipeline, "__call__", spy)
+def test_clip_guides_to_the_captions(sample, clip, fails, model, tmp_path, calls):
     plain = sample(CAPTION)
     still = sample(CAPTION, "--clip", str(clip), "--clip-scale", "0")
     guided = sample(CAPTION, "--clip", str(clip), "--clip-scale", "500")
@@ -184,18 +190,11 @@ def test_memory_that_runs_out_is_said_in_one_line(model, fails, monkeypatch, tmp
     assert "memory ran out" in fails("sample", CAPTION, "--model", model, "--out", tmp_path / "out.png")
 
 
-def test_many_pictures_go_through_the_networks_in_parts(sample, clip, monkeypatch):
-    batches = []
-    real = LatentDiffusionPipeline.__call__
-
-    def spy(self, prompt, **settings):
-        batches.append(prompt)
-        return real(self, prompt, **settings)
-
-    monkeypatch.setattr(LatentDiffusionPipeline, "__call__", spy)
+def test_many_pictures_go_through_the_networks_in_parts(sample, clip, calls, monkeypatch):
     monkeypatch.setattr(cli_sample, "_BATCH", 2)
     command = [CAPTION, "a star", "--num-images", "3", "--clip", str(clip), "--clip-scale", "9"]
     parts = sample(*command, "--num-inference-steps", "2")
+    batches = [call["prompt"] for call in calls]
     assert batches == [[CAPTION, CAPTION], [CAPTION, "a star"], ["a star", "a star"]]
     monkeypatch.setattr(cli_sample, "_BATCH", 64)
     whole = sample(*command, "--num-inference-steps", "2")
@@ -210,15 +209,7 @@ def test_a_caption_that_the_shipped_model_has_not_learned_to_read_is_noted(tmp_p
     assert CAPTION not in said
 
 
-def test_flags_reach_the_pipeline(sample, monkeypatch):
-    calls = []
-    real = LatentDiffusionPipeline.__call__
-
-    def spy(self, prompt, **settings):
-        calls.append({"prompt": prompt, "sampler": self.sampler, **settings})
-        return real(self, prompt, **settings)
-
-    monkeypatch.setattr(LatentDiffusionPipeline, "__call__", spy)
+def test_flags_reach_the_pipeline(sample, calls):
     sample(CAPTION)
     sample(
         *[CAPTION, "--guidance-scale", "1.5", "--num-inference-steps", "3", "--sampler", "ddim"],

@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 
 from fastldm.errors import InputError
 from fastldm.io import atomic_folder
-from fastldm.pictures import as_rgb, to_pil
+from fastldm.pictures import as_square, to_pil
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 METADATA = "metadata.jsonl"
@@ -213,10 +213,9 @@ def _check_header(path: Path) -> int:
 def _load(path: Path, size: int) -> Image.Image:
     try:
         with Image.open(path) as file:
-            picture = as_rgb(ImageOps.exif_transpose(file))
+            return as_square(ImageOps.exif_transpose(file), size)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
-    return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
